@@ -1,0 +1,3 @@
+"""One language model served by several machines with MLX."""
+
+__version__ = "0.1.0"

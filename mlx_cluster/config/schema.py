@@ -1,0 +1,124 @@
+"""Every setting of the project: its type, default, bounds and meaning.
+
+Owns: the pydantic models of the sections. Does not own: files and layers (``config.load``).
+Invariant: frozen; unknown keys are errors; a value that got here is in bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Transport = Literal["auto", "ring", "grpc", "mpi", "jaccl", "nccl"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NodeEntry(Section):
+    """A node of the cluster: where to dial it. ``ports`` are node API, comms and health, in this order."""
+
+    host: str
+    node_id: Annotated[int, Field(ge=0, le=63)]
+    ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=5)] = ()
+    name: str | None = None
+
+
+class ClusterSection(Section):
+    name: str = "mlx-cluster"
+    nodes: tuple[NodeEntry, ...] = ()
+
+
+class CoordinatorSection(Section):
+    port: Port = 8400
+    election_strategy: Literal["health_based", "load_based", "round_robin", "manual"] = "health_based"
+    heartbeat_interval: Annotated[float, Field(gt=0)] = 1.0
+    health_check_interval: Annotated[float, Field(gt=0)] = 5.0
+    failure_threshold: Annotated[int, Field(ge=1)] = 3
+
+
+class ApiGatewaySection(Section):
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds to the first token
+    max_concurrent_requests: Annotated[int, Field(ge=1)] = 100  # per gateway
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
+    keepalive_seconds: Annotated[float, Field(gt=0)] = 10.0
+    idle_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds without a token before a stream is given up
+
+
+class NetworkSection(Section):
+    transport: Transport = "auto"
+    tls_required: bool = False
+    trusted_links: tuple[str, ...] = ()
+    mlx_port_range: tuple[Port, Port] = (18100, 18999)
+    link_timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds a stage waits for a promised hidden state
+    connect_timeout: Annotated[float, Field(gt=0)] = 25.0  # seconds to bring up the links of a plan
+    insecure: bool = False  # allow non-loopback addresses without authentication and TLS
+
+
+class RuntimeSection(Section):
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    dequantize: Literal["auto", "always", "never"] = "auto"
+    blas: Literal["auto", "off"] = "auto"  # preload OpenBLAS for stage processes (Linux CPU)
+    threads: Annotated[int, Field(ge=1)] = 1  # BLAS threads per stage process
+    load_timeout: Annotated[float, Field(gt=0)] = 600.0
+    hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
+
+
+class SchedulerSection(Section):
+    max_rows: Annotated[int, Field(ge=1, le=1024)] = 64  # sequences decoding at once in a pipeline
+    max_queue: Annotated[int, Field(ge=0)] = 256
+    prefill_chunk: Annotated[int, Field(ge=1, le=8192)] = 256  # tokens
+    max_groups: Annotated[int, Field(ge=1, le=64)] | None = None  # default: one per stage, plus one
+
+
+class LogSection(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+class NodeSettings(Section):
+    """What holds on one node only (nodes.yaml): nothing assumes equal paths or users."""
+
+    model_dirs: tuple[str, ...] = ()
+    memory_budget: str | None = None  # "12GB"; default: what the machine has
+    interfaces: tuple[str, ...] = ()
+    bind: str | None = None
+    state_dir: str | None = None
+
+
+class StageSharding(Section):
+    """``layers`` are inclusive bounds, as people write them."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+    estimated_memory: str | None = None
+    includes_output_head: bool = False
+
+
+class ModelEntry(Section):
+    """One model of models.yaml. ``path`` is a directory or a Hugging Face repository id."""
+
+    path: str | None = None
+    total_layers: Annotated[int, Field(ge=1)] | None = None
+    sharding: dict[str, StageSharding] = {}
+    split: str | None = None  # "10/9/9", in order of node ids
+    aliases: tuple[str, ...] = ()
+    max_context: Annotated[int, Field(ge=1)] | None = None
+
+
+class Settings(Section):
+    """All sections; ``config.load`` makes one from the layers."""
+
+    cluster: ClusterSection = ClusterSection()
+    coordinator: CoordinatorSection = CoordinatorSection()
+    api_gateway: ApiGatewaySection = ApiGatewaySection()
+    network: NetworkSection = NetworkSection()
+    runtime: RuntimeSection = RuntimeSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    log: LogSection = LogSection()
+    nodes: dict[str, NodeSettings] = {}
+    models: dict[str, ModelEntry] = {}

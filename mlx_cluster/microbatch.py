@@ -1,0 +1,96 @@
+"""The unit of work that travels through all stages, and what a stage says of it afterwards.
+
+Owns: the words of the engine-stage protocol as frozen values (``wire`` puts them on gRPC).
+Invariant: every stage of an epoch is told the same microbatches in the same order, so neighbours never disagree about
+what the next hidden state is. A row id is never reused within an epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from mlx_cluster.request import Sampling
+
+
+class Kind(IntEnum):
+    CONTROL = 0  # only releases rows: no forward pass, no hidden state, still reported
+    PREFILL = 1  # one chunk of one row, on the row's own cache
+    DECODE = 2  # one token for each row of one group
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """Sent once, with the first microbatch that names the row.
+
+    ``history`` (prompt and already emitted ids) and ``prompt_length`` are filled only where penalties need them.
+    ``first_index`` is the token index of the first token this row will draw.
+    """
+
+    row: int
+    sampling: Sampling
+    choice: int
+    first_index: int = 0
+    prompt_length: int = 0
+    history: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """A header. The stage first drops ``release``, then learns ``admit``, then runs the forward pass.
+
+    PREFILL: ``rows`` has one row, ``tokens`` its chunk; the row's own cache grows by ``len(tokens)``.
+    DECODE: ``rows`` lists *all* rows of ``group`` in batch order, ``tokens`` the last token of each. A row that was
+    elsewhere (its prefill cache, another group) joins; a row that is no longer listed leaves and is kept aside until
+    it is listed again or released.
+    ``sample`` says whether the last stage draws a token for each row (not for chunks before a prompt's last).
+    """
+
+    id: int
+    kind: Kind
+    rows: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    group: int = 0
+    sample: bool = False
+    admit: tuple[RowSpec, ...] = ()
+    release: tuple[int, ...] = ()
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """(rows, positions) of the token array."""
+        if not self.rows:
+            return (0, 0)
+        return (len(self.rows), len(self.tokens) // len(self.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token that the last stage drew for a row."""
+
+    row: int
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRow:
+    row: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One per microbatch and stage. ``sampled`` comes from the last stage only.
+
+    ``compute_seconds`` is done − max(dispatched, previous done); ``wait_seconds`` is how long header or hidden state
+    kept the stage waiting before it; ``sent_bytes`` what it handed to its link.
+    """
+
+    microbatch_id: int
+    stage: int
+    compute_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    sent_bytes: int = 0
+    sampled: tuple[Sampled, ...] = ()
+    failed: tuple[FailedRow, ...] = ()

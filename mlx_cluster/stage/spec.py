@@ -1,0 +1,119 @@
+"""What an agent tells its stage process, and what it hears back: JSON lines over the child's stdin and stdout.
+
+Owns: the values of that conversation. The first line in is a ``StageSpec``; then ``LinkCommand``, and a ``tick`` every
+second (its absence means the agent is gone or frozen, and the stage process dies by itself). Lines out are
+``StageEvent`` values.
+Invariant: everything on these pipes is one JSON object per line with a ``type``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mlx_cluster.plan import Epoch, Plan
+
+# A stage process that hears nothing from its agent for this long is killed by its own kernel timer.
+AGENT_SILENCE_SECONDS = 8
+TICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class EmulationSpec:
+    """A stage that sleeps instead of computing: stands in for an accelerator-bound machine.
+
+    One microbatch of ``b`` decode rows takes ``step_seconds * ceil(b / rows_per_step)`` (linear) or the step table
+    ``decode_seconds[b]``; a chunk of ``l`` tokens takes ``chunk_seconds_per_token * l``.
+    """
+
+    seconds_per_row: float = 0.0
+    seconds_per_step: float = 0.0
+    seconds_per_prompt_token: float = 0.0
+    burn_python_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """Everything a stage process needs to load its slice. ``model_dir`` is this node's own path."""
+
+    plan: Plan
+    index: int
+    epoch: Epoch
+    model_dir: str
+    host: str
+    port: int  # gRPC port of the stage process; 0 lets the system choose, the ``loaded`` event tells
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    dequantize: Literal["auto", "always", "never"] = "auto"
+    memory_budget_bytes: int | None = None
+    link_timeout_seconds: float = 30.0
+    log_level: str = "info"
+    emulation: EmulationSpec | None = None
+
+    def to_line(self) -> str:
+        data = {
+            "type": "spec",
+            "plan": self.plan.to_json(),
+            "index": self.index,
+            "epoch": str(self.epoch),
+            "model_dir": self.model_dir,
+            "host": self.host,
+            "port": self.port,
+            "device": self.device,
+            "dequantize": self.dequantize,
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "link_timeout_seconds": self.link_timeout_seconds,
+            "log_level": self.log_level,
+            "emulation": asdict(self.emulation) if self.emulation else None,
+        }
+        return json.dumps(data)
+
+    @classmethod
+    def from_line(cls, line: str) -> StageSpec:
+        data: dict[str, Any] = json.loads(line)
+        if data.pop("type", None) != "spec":
+            raise ValueError("the first line on a stage's stdin must be its spec")
+        emulation = data.pop("emulation")
+        return cls(
+            plan=Plan.from_json(data.pop("plan")),
+            epoch=Epoch.parse(data.pop("epoch")),
+            emulation=EmulationSpec(**emulation) if emulation else None,
+            **data,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkCommand:
+    """Bring up the links of this epoch. Both lists are ordered by stage index.
+
+    ``stage_addresses`` are host:port of the stage processes' gRPC servers; ``mlx_addresses`` ip:port for the ring.
+    """
+
+    transport: str
+    stage_addresses: tuple[str, ...]
+    mlx_addresses: tuple[str, ...] = ()
+    timeout_seconds: float = 25.0
+    type: str = field(default="link", init=False)
+
+    def to_line(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class StageEvent:
+    """``loading`` (done/total bytes), ``loaded`` (address, memory, slice bytes), ``linked``, ``failed`` (code, message)."""
+
+    type: Literal["loading", "loaded", "linked", "failed"]
+    done_bytes: int = 0
+    total_bytes: int = 0
+    address: str = ""
+    memory_bytes: int = 0
+    code: str = ""
+    message: str = ""
+
+    def to_line(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_line(cls, line: str) -> StageEvent:
+        return cls(**json.loads(line))
