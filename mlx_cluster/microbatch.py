@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
+
+from typing_extensions import Buffer
 
 from mlx_cluster.request import Sampling
 
@@ -94,3 +97,55 @@ class Report:
     sent_bytes: int = 0
     sampled: tuple[Sampled, ...] = ()
     failed: tuple[FailedRow, ...] = ()
+
+
+# -- hidden states and what executes them ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype (mlx's name: ``float32``, ``bfloat16`` …) of one tensor inside a frame."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The hidden state of one microbatch: tensors laid end to end in ``payload``, described by ``tensors``.
+
+    ``payload`` is anything with the buffer protocol, one-dimensional bytes; it is not copied when a link can help it.
+    """
+
+    microbatch_id: int
+    tensors: tuple[TensorSpec, ...]
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one microbatch gave on one stage: a frame for the next stage, or tokens on the last one."""
+
+    frame: Frame | None = None
+    sampled: tuple[Sampled, ...] = ()
+    failed: tuple[FailedRow, ...] = ()
+
+
+class Pending(Protocol):
+    """A microbatch that was dispatched to the device."""
+
+    def wait(self) -> Outcome:
+        """Block until it is computed. Any thread may call it, once; it only reads evaluated arrays."""
+        ...
+
+
+class Runner(Protocol):
+    """Executes microbatches for one slice of layers; all calls come from the one thread that owns mlx."""
+
+    def submit(self, header: Microbatch, frame: Frame | None) -> Pending:
+        """Build and dispatch one microbatch without waiting for it. ``frame`` is None on stage 0 and for CONTROL.
+
+        Never raises for one row's trouble: a stage that cannot execute a row still returns the promised shape (zeros)
+        and names the row in ``Outcome.failed``.
+        """
+        ...

@@ -23,8 +23,9 @@ TICK_SECONDS = 1.0
 class EmulationSpec:
     """A stage that sleeps instead of computing: stands in for an accelerator-bound machine.
 
-    One microbatch of ``b`` decode rows takes ``step_seconds * ceil(b / rows_per_step)`` (linear) or the step table
-    ``decode_seconds[b]``; a chunk of ``l`` tokens takes ``chunk_seconds_per_token * l``.
+    A decode step of ``b`` rows takes ``seconds_per_step + b * seconds_per_row``, a chunk of ``l`` tokens
+    ``seconds_per_step + l * seconds_per_prompt_token``; ``burn_python_seconds`` of it hold the GIL, as building a real
+    graph does.
     """
 
     seconds_per_row: float = 0.0
@@ -101,7 +102,7 @@ class LinkCommand:
 
 @dataclass(frozen=True, slots=True)
 class StageEvent:
-    """``loading`` (done/total bytes), ``loaded`` (address, memory, slice bytes), ``linked``, ``failed`` (code, message)."""
+    """``loading`` (done/total bytes), ``loaded`` (address, memory), ``linked``, ``failed`` (code, message)."""
 
     type: Literal["loading", "loaded", "linked", "failed"]
     done_bytes: int = 0

@@ -1,7 +1,7 @@
 """The seam between two neighbouring stages.
 
-Owns: ``Frame`` (what crosses), and the two protocols of a link's ends. A link is one direction of one hop.
-Does not own: what the bytes mean (``model.state`` packs hidden states).
+Owns: the two protocols of a link's ends. A link is one direction of one hop.
+Does not own: ``microbatch.Frame``, which crosses it, or what its bytes mean (``model.state`` packs hidden states).
 Invariant: frames arrive whole, once, in the order they were sent; every call has a deadline; every failure is a
 ``LinkError``. ``tests/contract/test_links.py`` runs over all implementations.
 """
@@ -11,29 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from typing_extensions import Buffer
-
+from mlx_cluster.microbatch import Frame
 from mlx_cluster.plan import Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Shape and dtype (mlx's name: ``float32``, ``bfloat16`` …) of one tensor inside a frame."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """The hidden state of one microbatch: tensors laid end to end in ``payload``, described by ``tensors``.
-
-    ``payload`` is anything with the buffer protocol, one-dimensional bytes; it is not copied when a link can help it.
-    """
-
-    microbatch_id: int
-    tensors: tuple[TensorSpec, ...]
-    payload: Buffer
 
 
 @dataclass(frozen=True, slots=True)
