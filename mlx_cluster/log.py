@@ -37,8 +37,8 @@ def configure(level: str = "info", log_format: LogFormat = "console", **context:
 
 
 def get(name: str) -> Any:
-    """A logger whose lines carry ``logger=name``."""
-    return structlog.get_logger(logger=name)
+    """A logger whose lines carry ``unit=name``."""
+    return structlog.get_logger(unit=name)
 
 
 def _keep(_logger: Any, _name: str, event: Any) -> Any:
