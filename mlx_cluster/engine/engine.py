@@ -1,0 +1,263 @@
+"""The object that serves one pipeline: clients' sequences on one side, streams to the stages on the other.
+
+Owns: the scheduler's clock and I/O, one event queue per sequence, the deadlines that tell a hung stage.
+Does not own: decisions (``engine.scheduler``), the stage processes (``node``).
+Invariant: one event loop; every sequence that was taken gets ``Finished`` or a typed error, also when the engine ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_cluster import log
+from mlx_cluster._pb import stage_pb2
+from mlx_cluster.config.schema import SchedulerSection
+from mlx_cluster.engine.fill import Fill
+from mlx_cluster.engine.scheduler import Drew, Effect, Ended, Failed, Policy, Scheduler, Started
+from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
+from mlx_cluster.errors import ClusterError, ContextLengthExceeded, StageLost, StageStartError, Unavailable
+from mlx_cluster.microbatch import Kind, Microbatch, Report
+from mlx_cluster.plan import Epoch, Plan
+from mlx_cluster.request import Admitted, Event, Finished, Sampling, SequenceRequest
+from mlx_cluster.wire import encode_microbatch
+
+_log = log.get("engine")
+
+_SILENCE_SECONDS = 6.0  # a stage answers ticks at once, also while it computes; longer silence is a frozen process
+
+
+@dataclass(slots=True)
+class _Client:
+    """One sequence's way back to whoever waits for it. The queue is bounded by ``max_tokens`` by construction."""
+
+    request: SequenceRequest
+    events: asyncio.Queue[Event | ClusterError] = field(default_factory=asyncio.Queue)
+
+
+@dataclass(slots=True)
+class _Trip:
+    """A microbatch on its way: when it left, what it was, and how many stages have reported it."""
+
+    microbatch: Microbatch
+    left_at: float
+    reported: int = 0
+
+
+class PipelineEngine:
+    """Implements ``request.Engine`` for one epoch of one plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        epoch: Epoch,
+        stage_addresses: Sequence[str],
+        settings: SchedulerSection,
+        *,
+        max_context: int,
+        report_deadline_seconds: float,
+    ) -> None:
+        self.plan = plan
+        self.epoch = epoch
+        self.lost = asyncio.Event()
+        self.lost_reason = ""
+        self._max_context = max_context
+        self._report_deadline_seconds = report_deadline_seconds
+        self._fill = Fill(plan.num_stages, settings.max_groups)
+        self._scheduler = Scheduler(
+            Policy(
+                num_stages=plan.num_stages,
+                max_rows=settings.max_rows,
+                max_queue=settings.max_queue,
+                prefill_chunk=settings.prefill_chunk,
+                num_groups=self._fill.num_groups,
+            )
+        )
+        self._clients: dict[int, _Client] = {}
+        self._trips: dict[int, _Trip] = {}
+        self._error: ClusterError | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+        self._num_tokens = 0
+        self._busy_seconds = [0.0] * plan.num_stages
+        self._streams = [
+            StageStream(
+                index,
+                address,
+                plan,
+                str(epoch),
+                capacity=1024,
+                on_report=self._on_report,
+                on_lost=self._on_stage_lost,
+            )
+            for index, address in enumerate(stage_addresses)
+        ]
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def start(self, timeout_seconds: float) -> None:
+        """Open the stream to every stage. Raises ``StageStartError`` when one does not answer."""
+        self._watchdog = asyncio.get_running_loop().create_task(self._watch(), name="engine watchdog")
+        await asyncio.gather(*(stream.open(timeout_seconds) for stream in self._streams))
+        if self._error is not None:
+            raise StageStartError(self.lost_reason)
+
+    async def canary(self, timeout_seconds: float) -> None:
+        """Send two tokens through all stages: a prefill and a decode step. Raises ``StageStartError``."""
+        request = SequenceRequest("canary", self.plan.model.id, (1, 2, 3), 2, Sampling(temperature=0.0))
+        try:
+            async with asyncio.timeout(timeout_seconds), contextlib.aclosing(self.generate(request)) as events:
+                async for _event in events:
+                    pass
+        except TimeoutError:
+            raise StageStartError(f"no token came through all stages within {timeout_seconds:g} s") from None
+        except ClusterError as error:
+            raise StageStartError(f"the first token did not come through all stages: {error}") from error
+
+    async def stop(self, error: ClusterError | None = None) -> None:
+        """End: running sequences get ``error`` (default ``Unavailable``); streams are closed."""
+        self._fail(error or Unavailable("the engine is shutting down"))
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watchdog
+        await asyncio.gather(*(stream.close() for stream in self._streams))
+
+    # -- clients --------------------------------------------------------------------------------------
+
+    async def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
+        """See ``request.Engine``. Closing the generator cancels the sequence on every stage."""
+        if self._error is not None:
+            raise self._error
+        request = self._within_context(request)
+        sequence_id = self._scheduler.submit(request)
+        client = self._clients[sequence_id] = _Client(request)
+        try:
+            self._pump()
+            while True:
+                event = await client.events.get()
+                if isinstance(event, ClusterError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            if self._clients.pop(sequence_id, None) is not None and self._error is None:
+                self._scheduler.cancel(sequence_id)
+                self._pump()
+
+    def statistics(self) -> dict[str, Any]:
+        return {
+            **self._scheduler.statistics(),
+            "tokens": self._num_tokens,
+            "busy_seconds": [round(seconds, 6) for seconds in self._busy_seconds],
+        }
+
+    def _within_context(self, request: SequenceRequest) -> SequenceRequest:
+        if not request.prompt:
+            raise ContextLengthExceeded("the prompt has no tokens; send at least one", param="prompt")
+        needed = len(request.prompt) + request.max_tokens
+        if needed > self._max_context:
+            raise ContextLengthExceeded(
+                f"{len(request.prompt)} prompt tokens and {request.max_tokens} requested ones are {needed}, "
+                f"the context holds {self._max_context}: shorten the prompt or lower max_tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return request
+
+    # -- the loop: send what the scheduler wants, hand out what comes back ----------------------------------
+
+    def _pump(self) -> None:
+        now = asyncio.get_running_loop().time()
+        while self._error is None and (microbatch := self._scheduler.next()) is not None:
+            header = stage_pb2.EngineMessage(microbatch=encode_microbatch(microbatch)).SerializeToString()
+            self._trips[microbatch.id] = _Trip(microbatch, now)
+            for stream in self._streams:
+                stream.put(header)
+        self._apply(self._scheduler.take_effects())
+
+    def _on_report(self, report: Report) -> None:
+        if self._error is not None:
+            return
+        trip = self._trips.get(report.microbatch_id)
+        if trip is None:
+            return
+        trip.reported += 1
+        self._busy_seconds[report.stage] += report.compute_seconds
+        if trip.microbatch.kind is Kind.DECODE:
+            self._fill.observe(report.stage, len(trip.microbatch.rows), report.compute_seconds)
+        if trip.reported == len(self._streams):
+            del self._trips[report.microbatch_id]
+        if report.stage == len(self._streams) - 1:
+            self._apply(self._scheduler.complete(report))
+            self._pump()
+        elif report.failed:
+            self._scheduler.fail_rows(report.failed)
+            self._pump()
+
+    def _apply(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            client = self._clients.get(effect.sequence)
+            if client is None:
+                continue
+            match effect:
+                case Drew(_, token):
+                    self._num_tokens += 1
+                    client.events.put_nowait(token)
+                case Started():
+                    client.events.put_nowait(Admitted())
+                case Ended(_, reason, completion_tokens):
+                    client.events.put_nowait(Finished(reason, len(client.request.prompt), completion_tokens))
+                    del self._clients[effect.sequence]
+                case Failed(_, error):
+                    client.events.put_nowait(error)
+                    del self._clients[effect.sequence]
+
+    # -- trouble ------------------------------------------------------------------------------------------
+
+    def _on_stage_lost(self, index: int, reason: str) -> None:
+        stage = self.plan.stages[index]
+        self._fail(StageLost(f"stage {index} (layers {stage.start}…{stage.end - 1}) on node {stage.node_id}: {reason}"))
+
+    def _fail(self, error: ClusterError) -> None:
+        """The epoch is over: every waiting client hears why, nothing more is sent."""
+        if self._error is not None:
+            return
+        self._error = error
+        self.lost_reason = str(error)
+        for client in self._clients.values():
+            client.events.put_nowait(error)
+        self._clients.clear()
+        self.lost.set()
+
+    async def _watch(self) -> None:
+        """Ticks, and the deadline on reports: a stage that hangs is found here."""
+        loop = asyncio.get_running_loop()
+        while self._error is None:
+            await asyncio.sleep(TICK_SECONDS)
+            now = loop.time()
+            for stream in self._streams:
+                if self._heard_nothing(stream, now):
+                    self._on_stage_lost(stream.index, f"silent for {stream.silent_seconds(now):.1f} s")
+                    return
+                stream.tick()
+            self._check_reports(now)
+            if self._scheduler.idle:
+                self._scheduler.audit()
+
+    @staticmethod
+    def _heard_nothing(stream: StageStream, now: float) -> bool:
+        return stream.opened and stream.silent_seconds(now) > _SILENCE_SECONDS
+
+    def _check_reports(self, now: float) -> None:
+        for trip in self._trips.values():
+            waited = now - trip.left_at
+            if waited > self._report_deadline_seconds:
+                self._on_stage_lost(
+                    min(trip.reported, len(self._streams) - 1),
+                    f"microbatch {trip.microbatch.id} is not reported after {waited:.0f} s",
+                )
+            return  # the oldest comes first

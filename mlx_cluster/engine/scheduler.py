@@ -1,0 +1,397 @@
+"""Decides what the pipeline does next. Pure: no clock, no I/O, no mlx.
+
+Owns: the queue, the rows, the groups, the credits; every decision of a pipeline is made here and nowhere else.
+Does not own: streams, deadlines, clients (``engine.engine``).
+Invariants: a row is in one group at most; a group has one decode step in flight at most; never more than
+``credits`` microbatches in flight; every sequence that was taken ends exactly once.
+
+How a sequence lives: waiting → prefill (chunks, back to back while nothing decodes) → loose (has a token, waits for a
+group at a border) → grouped (decodes) → ended; its row is released with the next microbatch, whatever that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mlx_cluster.errors import ClusterError, Overloaded, RowFailed
+from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report, RowSpec
+from mlx_cluster.request import FinishReason, SequenceRequest, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Bounds of one pipeline's scheduler.
+
+    ``num_groups`` answers how many groups to run for a number of decoding rows (see ``engine.fill``).
+    """
+
+    num_stages: int
+    max_rows: int
+    max_queue: int
+    prefill_chunk: int
+    num_groups: Callable[[int], int]
+
+
+# -- what the scheduler tells the engine ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The sequence got its row."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drew:
+    sequence: int
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    sequence: int
+    reason: FinishReason
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    sequence: int
+    error: ClusterError
+
+
+Effect = Started | Drew | Ended | Failed
+
+
+# -- state ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    id: int
+    request: SequenceRequest
+    tokens: tuple[int, ...]  # what prefill must compute: prompt and already emitted ids
+    row: int = -1
+    prefilled: int = 0
+    num_emitted: int = 0
+    last_token: int = 0
+    group: _Group | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    id: int
+    members: list[_Sequence] = field(default_factory=list)
+    in_flight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    microbatch: Microbatch
+    sequences: tuple[_Sequence, ...]
+    group: _Group | None
+
+
+class Scheduler:
+    """A state machine: ``submit`` and ``cancel`` sequences, ask ``next`` for work, tell it each ``complete``."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._waiting: deque[_Sequence] = deque()
+        self._prefilling: deque[_Sequence] = deque()
+        self._loose: deque[_Sequence] = deque()
+        self._groups: list[_Group] = []
+        self._ready: deque[_Group] = deque()
+        self._live: dict[int, _Sequence] = {}
+        self._rows: dict[int, _Sequence] = {}
+        self._in_flight: dict[int, _InFlight] = {}
+        self._release: list[int] = []
+        self._effects: list[Effect] = []
+        self._next_sequence = 0
+        self._next_row = 0
+        self._next_microbatch = 0
+        self._next_group = 0
+        self._decodes_since_chunk = 0
+
+    # -- from the engine --------------------------------------------------------------------------
+
+    def submit(self, request: SequenceRequest) -> int:
+        """Take a sequence; returns its id. Raises ``Overloaded`` when the queue is full.
+
+        Resumed work (``emitted``) goes before new work and past the bound: it was admitted once already.
+        """
+        resumed = bool(request.emitted)
+        if not resumed and self._free_rows() <= 0 and len(self._waiting) >= self.policy.max_queue:
+            raise Overloaded(
+                f"{len(self._waiting)} sequences are waiting already (scheduler.max_queue is {self.policy.max_queue}); "
+                "come back later or raise it",
+                retry_after_seconds=2.0,
+            )
+        sequence = _Sequence(self._next_sequence, request, request.prompt + request.emitted)
+        sequence.num_emitted = len(request.emitted)
+        self._next_sequence += 1
+        self._live[sequence.id] = sequence
+        (self._waiting.appendleft if resumed else self._waiting.append)(sequence)
+        return sequence.id
+
+    def cancel(self, sequence_id: int) -> None:
+        """Forget a sequence, wherever it is; its row is released in order. Unknown ids are ignored."""
+        sequence = self._live.get(sequence_id)
+        if sequence is not None:
+            self._end(sequence)
+
+    def complete(self, report: Report) -> list[Effect]:
+        """The last stage's report of a microbatch: its tokens, and a credit back."""
+        done = self._in_flight.pop(report.microbatch_id, None)
+        if done is None:
+            return self._take_effects()
+        self.fail_rows(report.failed)
+        sampled = {s.row: s for s in report.sampled}
+        for sequence in done.sequences:
+            drawn = sampled.get(sequence.row)
+            if drawn is None or sequence.id not in self._live:
+                continue
+            self._draw(sequence, Token(sequence.num_emitted, drawn.token_id, drawn.logprob, drawn.top))
+            if done.microbatch.kind is Kind.PREFILL and sequence.id in self._live:
+                self._loose.append(sequence)
+        if done.group is not None:
+            done.group.in_flight = False
+            if done.group in self._groups:
+                self._ready.append(done.group)
+        return self._take_effects()
+
+    def fail_rows(self, failed: Sequence[FailedRow]) -> None:
+        """Rows that some stage could not execute: their sequences end with ``RowFailed``, others go on."""
+        for failure in failed:
+            sequence = self._rows.get(failure.row)
+            if sequence is not None:
+                self._end(sequence)
+                self._effects.append(Failed(sequence.id, RowFailed(failure.message)))
+
+    def next(self) -> Microbatch | None:
+        """The next microbatch to send to every stage, or None when nothing may go now."""
+        if len(self._in_flight) >= self.credits:
+            return None
+        self._admit()
+        if self._chunk_is_due():
+            return self._chunk()
+        decode = self._decode()
+        if decode is not None:
+            return decode
+        if self._release and not self._in_flight:
+            return self._dispatch(Kind.CONTROL)
+        return None
+
+    def take_effects(self) -> list[Effect]:
+        """Effects of ``next`` and ``fail_rows`` since the last call."""
+        return self._take_effects()
+
+    # -- what it may say of itself -----------------------------------------------------------------
+
+    @property
+    def credits(self) -> int:
+        return max(self.policy.num_stages, len(self._groups)) + 2
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self._loose) + sum(len(group.members) for group in self._groups)
+
+    @property
+    def idle(self) -> bool:
+        return not self._live and not self._in_flight and not self._release
+
+    def statistics(self) -> dict[str, int]:
+        return {
+            "waiting": len(self._waiting),
+            "prefilling": len(self._prefilling),
+            "decoding": self.num_decoding,
+            "groups": len(self._groups),
+            "rows": len(self._rows),
+            "in_flight": len(self._in_flight),
+        }
+
+    def audit(self) -> None:
+        """Raise ``AssertionError`` when the books do not balance (called when idle, and by tests after every step)."""
+        placed = [*self._prefilling, *self._loose, *(s for g in self._groups for s in g.members)]
+        pending_first = {
+            s.id
+            for item in self._in_flight.values()
+            if item.microbatch.kind is Kind.PREFILL and item.microbatch.sample
+            for s in item.sequences
+        }
+        live_placed = [s.id for s in placed] + [i for i in pending_first if i in self._live]
+        assert len(set(live_placed)) == len(live_placed), "a sequence is in two places"
+        assert set(live_placed) | {s.id for s in self._waiting} == set(self._live), "a live sequence is nowhere"
+        assert {s.row for s in self._rows.values()} == set(self._rows), "a row belongs to somebody else"
+        assert len(self._in_flight) <= self.credits, "more microbatches than credits"
+        assert all(group.members or group.in_flight for group in self._groups), "an empty group was kept"
+
+    # -- admission and prefill ------------------------------------------------------------------------
+
+    def _free_rows(self) -> int:
+        return self.policy.max_rows - len(self._rows)
+
+    def _admit(self) -> None:
+        while self._waiting and self._free_rows() > 0:
+            sequence = self._waiting.popleft()
+            sequence.row = self._next_row
+            self._next_row += 1
+            self._rows[sequence.row] = sequence
+            self._prefilling.append(sequence)
+            self._effects.append(Started(sequence.id))
+
+    def _chunk_is_due(self) -> bool:
+        """While nothing decodes chunks go out back to back; else at most one per cycle over the groups."""
+        if not self._prefilling:
+            return False
+        return self.num_decoding == 0 or self._decodes_since_chunk >= len(self._groups) + bool(self._loose)
+
+    def _chunk(self) -> Microbatch:
+        sequence = self._prefilling[0]
+        start = sequence.prefilled
+        end = min(start + self.policy.prefill_chunk, len(sequence.tokens))
+        sequence.prefilled = end
+        last = end == len(sequence.tokens)
+        if last:
+            self._prefilling.popleft()
+        self._decodes_since_chunk = 0
+        return self._dispatch(
+            Kind.PREFILL,
+            sequences=(sequence,),
+            tokens=sequence.tokens[start:end],
+            sample=last,
+            admit=(_row_spec(sequence),) if start == 0 else (),
+        )
+
+    # -- decode ---------------------------------------------------------------------------------------
+
+    def _decode(self) -> Microbatch | None:
+        target = self.policy.num_groups(self.num_decoding) if self.num_decoding else 0
+        while self._ready:
+            group = self._ready.popleft()
+            if len(self._groups) > target:
+                self._dissolve(group)
+                continue
+            self._balance(group, target)
+            return self._step(group)
+        if self._loose and len(self._groups) < target:
+            group = _Group(self._next_group)
+            self._next_group += 1
+            self._groups.append(group)
+            self._balance(group, target)
+            return self._step(group)
+        return None
+
+    def _dissolve(self, group: _Group) -> None:
+        for sequence in group.members:
+            sequence.group = None
+        self._loose.extend(group.members)
+        self._groups.remove(group)
+
+    def _balance(self, group: _Group, target: int) -> None:
+        """Bring a group that is at a border to its fair share: loose rows join, too many leave.
+
+        A row leaves only when that evens out a difference of two or more, as every move copies its cache.
+        """
+        share = math.ceil(self.num_decoding / target)
+        while self._loose and len(group.members) < share:
+            sequence = self._loose.popleft()
+            sequence.group = group
+            group.members.append(sequence)
+        others = [len(other.members) for other in self._groups if other is not group]
+        while len(group.members) > share and (len(self._groups) < target or min(others) < len(group.members) - 1):
+            sequence = group.members.pop()
+            sequence.group = None
+            self._loose.append(sequence)
+
+    def _step(self, group: _Group) -> Microbatch:
+        group.in_flight = True
+        self._decodes_since_chunk += 1
+        return self._dispatch(
+            Kind.DECODE,
+            sequences=tuple(group.members),
+            tokens=tuple(s.last_token for s in group.members),
+            sample=True,
+            group=group,
+        )
+
+    # -- shared ---------------------------------------------------------------------------------------
+
+    def _dispatch(
+        self,
+        kind: Kind,
+        *,
+        sequences: tuple[_Sequence, ...] = (),
+        tokens: tuple[int, ...] = (),
+        sample: bool = False,
+        group: _Group | None = None,
+        admit: tuple[RowSpec, ...] = (),
+    ) -> Microbatch:
+        microbatch = Microbatch(
+            id=self._next_microbatch,
+            kind=kind,
+            rows=tuple(s.row for s in sequences),
+            tokens=tokens,
+            group=group.id if group else 0,
+            sample=sample,
+            admit=admit,
+            release=tuple(self._release),
+        )
+        self._release.clear()
+        self._next_microbatch += 1
+        self._in_flight[microbatch.id] = _InFlight(microbatch, sequences, group)
+        return microbatch
+
+    def _draw(self, sequence: _Sequence, token: Token) -> None:
+        sequence.num_emitted += 1
+        sequence.last_token = token.token_id
+        self._effects.append(Drew(sequence.id, token))
+        reason: FinishReason | None = None
+        if token.token_id in sequence.request.stop_token_ids:
+            reason = "stop"
+        elif sequence.num_emitted >= sequence.request.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self._end(sequence)
+            self._effects.append(Ended(sequence.id, reason, sequence.num_emitted))
+
+    def _end(self, sequence: _Sequence) -> None:
+        """Take a sequence out of wherever it is and let its row go with the next microbatch."""
+        del self._live[sequence.id]
+        if sequence.row < 0:
+            self._waiting.remove(sequence)
+            return
+        del self._rows[sequence.row]
+        if sequence.prefilled > 0:  # the stages know the row only once a chunk went out
+            self._release.append(sequence.row)
+        if sequence.group is not None:
+            group = sequence.group
+            group.members.remove(sequence)
+            if not group.members:
+                self._groups.remove(group)
+                if group in self._ready:
+                    self._ready.remove(group)
+        elif sequence in self._loose:
+            self._loose.remove(sequence)
+        elif sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+
+    def _take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+
+def _row_spec(sequence: _Sequence) -> RowSpec:
+    request = sequence.request
+    return RowSpec(
+        row=sequence.row,
+        sampling=request.sampling,
+        choice=request.choice,
+        first_index=len(request.emitted),
+        prompt_length=len(request.prompt),
+        history=sequence.tokens if request.sampling.needs_history else (),
+    )

@@ -1,0 +1,106 @@
+"""A pipeline under a virtual clock: given stage times, it carries out what a scheduler says (tests of pure parts)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mlx_cluster.engine.scheduler import Effect, Scheduler
+from mlx_cluster.microbatch import Kind, Microbatch, Report, Sampled
+from mlx_cluster.request import SequenceRequest
+
+StageTime = Callable[[Microbatch], float]
+
+
+def scripted_token(row: int, index: int) -> int:
+    return 1000 + (row * 31 + index * 7) % 500
+
+
+@dataclass
+class SimulatedPipeline:
+    """Stages work first in, first out; a report arrives the moment a stage is done (plus ``hop`` between stages)."""
+
+    scheduler: Scheduler
+    stage_times: list[StageTime]
+    hop: float = 0.0
+    now: float = 0.0
+    busy: list[float] = field(default_factory=list)
+    sent: list[tuple[float, Microbatch]] = field(default_factory=list)
+    effects: list[tuple[float, Effect]] = field(default_factory=list)
+    known_rows: set[int] = field(default_factory=set)
+    on_stage_report: Callable[[int, Microbatch, float], None] | None = None
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        self.busy = [0.0] * len(self.stage_times)
+        self._free_at = [0.0] * len(self.stage_times)
+        self._done: list[tuple[float, int, Microbatch]] = []
+        self._drawn: dict[int, int] = {}
+
+    def submit(self, request: SequenceRequest) -> int:
+        sequence = self.scheduler.submit(request)
+        self.pump()
+        return sequence
+
+    def cancel(self, sequence: int) -> None:
+        self.scheduler.cancel(sequence)
+        self.pump()
+
+    def pump(self) -> None:
+        while (microbatch := self.scheduler.next()) is not None:
+            self._send(microbatch)
+        self._record(self.scheduler.take_effects())
+        if self.check:
+            self.scheduler.audit()
+
+    def step(self) -> bool:
+        """Carry out the next completion; False when nothing is in flight."""
+        if not self._done:
+            return False
+        self.now, _, microbatch = heapq.heappop(self._done)
+        sampled = []
+        if microbatch.sample:
+            for row in microbatch.rows:
+                index = self._drawn.get(row, 0)
+                self._drawn[row] = index + 1
+                sampled.append(Sampled(row, scripted_token(row, index)))
+        report = Report(microbatch.id, len(self.stage_times) - 1, sampled=tuple(sampled))
+        self._record(self.scheduler.complete(report))
+        self.pump()
+        return True
+
+    def run(self, max_steps: int = 1_000_000) -> None:
+        for _ in range(max_steps):
+            if not self.step():
+                return
+        raise AssertionError(f"not done after {max_steps} steps")
+
+    def _send(self, microbatch: Microbatch) -> None:
+        self.sent.append((self.now, microbatch))
+        if self.check:
+            self._check_rows(microbatch)
+        at = self.now
+        for stage, stage_time in enumerate(self.stage_times):
+            seconds = stage_time(microbatch) if microbatch.kind is not Kind.CONTROL else 0.0
+            begin = max(at, self._free_at[stage])
+            at = self._free_at[stage] = begin + seconds
+            self.busy[stage] += seconds
+            if self.on_stage_report is not None:
+                self.on_stage_report(stage, microbatch, seconds)
+            if stage < len(self.stage_times) - 1:
+                at += self.hop
+        heapq.heappush(self._done, (at, microbatch.id, microbatch))
+
+    def _check_rows(self, microbatch: Microbatch) -> None:
+        for row in microbatch.release:
+            assert row in self.known_rows, f"row {row} is released and was not there"
+            self.known_rows.discard(row)
+        for spec in microbatch.admit:
+            assert spec.row not in self.known_rows, f"row {spec.row} is admitted twice"
+            self.known_rows.add(spec.row)
+        assert set(microbatch.rows) <= self.known_rows, "a row works that no stage knows"
+        assert len(set(microbatch.rows)) == len(microbatch.rows), "a row is twice in a batch"
+
+    def _record(self, effects: list[Effect]) -> None:
+        self.effects += [(self.now, effect) for effect in effects]
