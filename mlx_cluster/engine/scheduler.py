@@ -116,6 +116,7 @@ class Scheduler:
         self._next_microbatch = 0
         self._next_group = 0
         self._decodes_since_chunk = 0
+        self._granted = 0  # credits when the last microbatch left; groups that end later shrink ``credits``
 
     # -- from the engine --------------------------------------------------------------------------
 
@@ -227,7 +228,7 @@ class Scheduler:
         assert len(set(live_placed)) == len(live_placed), "a sequence is in two places"
         assert set(live_placed) | {s.id for s in self._waiting} == set(self._live), "a live sequence is nowhere"
         assert {s.row for s in self._rows.values()} == set(self._rows), "a row belongs to somebody else"
-        assert len(self._in_flight) <= self.credits, "more microbatches than credits"
+        assert len(self._in_flight) <= self._granted, "more microbatches than credits"
         assert all(group.members or group.in_flight for group in self._groups), "an empty group was kept"
 
     # -- admission and prefill ------------------------------------------------------------------------
@@ -342,6 +343,7 @@ class Scheduler:
             release=tuple(self._release),
         )
         self._release.clear()
+        self._granted = self.credits
         self._next_microbatch += 1
         self._in_flight[microbatch.id] = _InFlight(microbatch, sequences, group)
         return microbatch
