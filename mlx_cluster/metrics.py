@@ -1,0 +1,74 @@
+"""Every metric of the project: names, labels and meaning.
+
+Owns: the definitions and the registry they live in. Does not own: who counts, or the HTTP route that shows them.
+Invariant: no label takes its values from a client (routes and statuses are from fixed sets, models from the settings).
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# Seconds to the first token: from a cached prompt on a fast machine to a long prompt behind a full queue.
+TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
+DURATION_BUCKETS = (0.01, 0.05, 0.25, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class GatewayMetrics:
+    """What a gateway counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "mlx_cluster_gateway_requests",
+            "HTTP requests answered (499: the client left before its answer)",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "mlx_cluster_gateway_request_seconds",
+            "Seconds from the request's head to the end of its answer",
+            ["route"],
+            buckets=DURATION_BUCKETS,
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "mlx_cluster_gateway_in_flight", "Generation requests being served now", registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "mlx_cluster_gateway_prompt_tokens", "Prompt tokens of admitted requests", ["model"], registry=registry
+        )
+        self.cached_tokens = Counter(
+            "mlx_cluster_gateway_cached_tokens",
+            "Prompt tokens that the prefix cache already held",
+            ["model"],
+            registry=registry,
+        )
+        self.completion_tokens = Counter(
+            "mlx_cluster_gateway_completion_tokens", "Tokens received from engines", ["model"], registry=registry
+        )
+        self.ttft_seconds = Histogram(
+            "mlx_cluster_gateway_ttft_seconds",
+            "Seconds from a parsed request to its first token",
+            ["model"],
+            buckets=TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.stream_errors = Counter(
+            "mlx_cluster_gateway_stream_errors",
+            "Streams that ended with an error event after their status was sent",
+            ["code"],
+            registry=registry,
+        )
+
+
+class Metrics:
+    """The metrics of one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.gateway = GatewayMetrics(self.registry)
+
+    def render(self) -> bytes:
+        """The text format that Prometheus reads; serve it as ``CONTENT_TYPE``."""
+        return generate_latest(self.registry)
