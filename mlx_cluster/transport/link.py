@@ -25,11 +25,38 @@ class HopId:
     sender: int  # stage index; the receiver is sender + 1
 
 
+@dataclass(frozen=True, slots=True)
+class StagePosition:
+    """Where a stage stands in its pipeline, and under which epoch and plan: names both of its hops."""
+
+    pipeline: str
+    epoch: Epoch
+    plan_hash: str
+    index: int
+    num_stages: int
+
+    @property
+    def hop_in(self) -> HopId | None:
+        """The hop from the previous stage; None on stage 0."""
+        return self._hop(self.index - 1) if self.index > 0 else None
+
+    @property
+    def hop_out(self) -> HopId | None:
+        """The hop to the next stage; None on the last one."""
+        return self._hop(self.index) if self.index + 1 < self.num_stages else None
+
+    def _hop(self, sender: int) -> HopId:
+        return HopId(self.pipeline, self.epoch, self.plan_hash, sender)
+
+
 class SendEnd(Protocol):
     """Held by stage *s*."""
 
     async def send(self, frame: Frame, timeout_seconds: float) -> None:
-        """Hand over one frame. Raises ``LinkClosed``, ``LinkTimeout``, ``LinkMismatch``."""
+        """Hand over one frame. Raises ``LinkClosed``, ``LinkTimeout``, ``LinkMismatch``.
+
+        Frames of concurrent sends arrive in the order of the calls. After ``LinkTimeout`` the end may be unusable.
+        """
         ...
 
     async def close(self) -> None:
@@ -41,7 +68,7 @@ class ReceiveEnd(Protocol):
     """Held by stage *s + 1*."""
 
     async def receive(self, timeout_seconds: float) -> Frame:
-        """The next frame. Raises ``LinkClosed``, ``LinkTimeout``, ``LinkMismatch``."""
+        """The next frame; one call at a time. Raises ``LinkClosed``, ``LinkTimeout``, ``LinkMismatch``."""
         ...
 
     async def close(self) -> None:

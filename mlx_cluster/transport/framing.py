@@ -1,0 +1,109 @@
+"""Frame ⇄ bytes: a small binary prefix, then the payload as it is.
+
+Owns: the layout of one message on a hidden-state stream, and how many bytes a tensor spec stands for.
+Does not own: streams, or what the tensors mean.
+Invariant: ``decode(encode(frame))`` equals the frame; a message of the wrong length or version raises ``LinkMismatch``.
+
+A frame without payload whose tensors are not empty is a *note*: its bytes travel another way (see ``mlx_link``).
+"""
+
+from __future__ import annotations
+
+import struct
+from math import prod
+
+from typing_extensions import Buffer
+
+from mlx_cluster.errors import LinkMismatch
+from mlx_cluster.microbatch import Frame, TensorSpec
+
+VERSION = 1
+DTYPE_BYTES = {
+    "bool_": 1, "uint8": 1, "int8": 1,
+    "uint16": 2, "int16": 2, "float16": 2, "bfloat16": 2,
+    "uint32": 4, "int32": 4, "float32": 4,
+    "uint64": 8, "int64": 8, "float64": 8, "complex64": 8,
+}  # fmt: skip
+
+# version, number of tensors, length of the prefix, unused, microbatch id, length of the payload
+_HEAD = struct.Struct("<BBHIQQ")
+_TENSOR = struct.Struct("<BB")  # length of the dtype's name, number of dimensions
+_ALIGNMENT = 16  # so that the payload can be read in place by vector instructions
+
+
+def num_bytes(tensors: tuple[TensorSpec, ...]) -> int:
+    """How many payload bytes these tensors take. Raises ``LinkMismatch`` for a dtype that mlx does not have."""
+    total = 0
+    for spec in tensors:
+        if spec.dtype not in DTYPE_BYTES:
+            raise LinkMismatch(f"a hidden state of dtype {spec.dtype!r}: use one of {', '.join(DTYPE_BYTES)}")
+        total += DTYPE_BYTES[spec.dtype] * prod(spec.shape)
+    return total
+
+
+def flat(payload: Buffer) -> memoryview:
+    """The payload as one-dimensional bytes, not copied."""
+    view = memoryview(payload)
+    if view.nbytes == 0:
+        return memoryview(b"")  # an empty view of several dimensions cannot be cast
+    return view if view.ndim == 1 and view.format == "B" else view.cast("B")
+
+
+def encode(frame: Frame) -> bytes:
+    """One message. Copies the payload once: a gRPC message must be one ``bytes`` object."""
+    payload = flat(frame.payload)
+    expected = num_bytes(frame.tensors)
+    if payload.nbytes not in (0, expected):
+        raise LinkMismatch(
+            f"microbatch {frame.microbatch_id}: the tensors {_names(frame.tensors)} take {expected} bytes, "
+            f"the payload has {payload.nbytes}"
+        )
+    parts = [_tensor_prefix(spec) for spec in frame.tensors]
+    length = _HEAD.size + sum(map(len, parts))
+    padding = -length % _ALIGNMENT
+    head = _HEAD.pack(VERSION, len(parts), length + padding, 0, frame.microbatch_id, payload.nbytes)
+    return b"".join((head, *parts, bytes(padding), payload))
+
+
+def decode(message: bytes) -> Frame:
+    """Inverse of ``encode``; the payload is a view into ``message``."""
+    if len(message) < _HEAD.size:
+        raise LinkMismatch(f"a hidden-state message of {len(message)} bytes is too short")
+    version, num_tensors, prefix_bytes, _, microbatch_id, payload_bytes = _HEAD.unpack_from(message)
+    if version != VERSION:
+        raise LinkMismatch(f"the peer frames hidden states in version {version}, this stage in version {VERSION}")
+    if len(message) != prefix_bytes + payload_bytes:
+        raise LinkMismatch(
+            f"microbatch {microbatch_id}: {len(message)} bytes came instead of {prefix_bytes + payload_bytes}"
+        )
+    try:
+        tensors = _tensors_from(message, num_tensors)
+    except (struct.error, UnicodeDecodeError) as error:
+        raise LinkMismatch(f"microbatch {microbatch_id}: the prefix cannot be read ({error})") from error
+    if payload_bytes not in (0, num_bytes(tensors)):
+        raise LinkMismatch(
+            f"microbatch {microbatch_id}: the tensors {_names(tensors)} take {num_bytes(tensors)} bytes, "
+            f"the payload has {payload_bytes}"
+        )
+    return Frame(microbatch_id, tensors, memoryview(message)[prefix_bytes:])
+
+
+def _tensor_prefix(spec: TensorSpec) -> bytes:
+    name = spec.dtype.encode("ascii")
+    return struct.pack(f"<BB{len(name)}s{len(spec.shape)}Q", len(name), len(spec.shape), name, *spec.shape)
+
+
+def _tensors_from(message: bytes, num_tensors: int) -> tuple[TensorSpec, ...]:
+    tensors: list[TensorSpec] = []
+    offset = _HEAD.size
+    for _ in range(num_tensors):
+        name_bytes, num_dims = _TENSOR.unpack_from(message, offset)
+        layout = struct.Struct(f"<{name_bytes}s{num_dims}Q")
+        name, *shape = layout.unpack_from(message, offset + _TENSOR.size)
+        tensors.append(TensorSpec(name.decode("ascii"), tuple(shape)))
+        offset += _TENSOR.size + layout.size
+    return tuple(tensors)
+
+
+def _names(tensors: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"{spec.dtype}{list(spec.shape)}" for spec in tensors) or "(none)"
