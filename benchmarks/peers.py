@@ -1,6 +1,6 @@
 """Ours beside mlx-lm, in one run: same checkpoint, same BLAS, same load, each process with one BLAS thread.
 
-    python benchmarks/peers.py --scenario quantized dense defaults prefill --repeat 3 --json benchmarks/results/peers.json
+    python benchmarks/peers.py --scenario quantized dense defaults prefill --repeat 3 --json peers.json
 
 Systems: ours with one stage, ours with two (two local nodes), ``mlx_lm.server`` alone, ``mlx_lm.server --pipeline`` on
 two ranks over the ring. Scenarios (about 100 M random parameters, Qwen2 architecture, 12 layers of width 768):
@@ -9,7 +9,7 @@ quantized  the 4-bit checkpoint with float32 scales for all, dequantizing off, 8
 dense      the same weights as float32 for all, 64 clients, 32 + 32 tokens
 defaults   the 4-bit checkpoint with bfloat16 scales, as shipped; everybody's defaults (ours casts and dequantizes)
 prefill    dense, one client, a 1,024-token prompt in 128-token chunks: time to first token
-clients    dense, 1, 2, 8, 16 and 32 clients
+clients-N  dense, with N = 1, 2, 8, 16 or 32 clients
 
 The systems take turns within each repetition; figures are medians over the repetitions. Each server gets one warm-up
 request before its load is measured.
