@@ -57,13 +57,12 @@ class StartStageRequest(_message.Message):
     def __init__(self, cluster: _Optional[str] = ..., plan_json: _Optional[str] = ..., stage: _Optional[int] = ..., epoch: _Optional[str] = ...) -> None: ...
 
 class StageProgress(_message.Message):
-    __slots__ = ("state", "done_bytes", "total_bytes", "address", "mlx_address", "cores_per_stage", "code", "message")
+    __slots__ = ("state", "done_bytes", "total_bytes", "address", "mlx_address", "code", "message")
     STATE_FIELD_NUMBER: _ClassVar[int]
     DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MLX_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    CORES_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     state: str
@@ -71,10 +70,9 @@ class StageProgress(_message.Message):
     total_bytes: int
     address: str
     mlx_address: str
-    cores_per_stage: int
     code: str
     message: str
-    def __init__(self, state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., address: _Optional[str] = ..., mlx_address: _Optional[str] = ..., cores_per_stage: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    def __init__(self, state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., address: _Optional[str] = ..., mlx_address: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class LinkStageRequest(_message.Message):
     __slots__ = ("pipeline", "stage", "epoch", "transport", "stage_addresses", "mlx_addresses")

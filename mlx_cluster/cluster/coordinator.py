@@ -1,0 +1,203 @@
+"""What the coordinator does: from the table of nodes and the document in force to the next document.
+
+Owns: when to plan, when to keep a plan, who lacks the document. Pure, except ``push`` at the end.
+Does not own: how layers are placed (``place``, an argument), who leads (``leader``), how a plan is carried out
+(``node``).
+Invariant: only the node that leads commits; a committed document outranks every document a living node has named; a
+plan is replaced only when it cannot go on or the operator asks for something else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from mlx_cluster import log
+from mlx_cluster.cluster.document import ClusterDocument
+from mlx_cluster.cluster.leader import Leadership
+from mlx_cluster.cluster.membership import ClusterView
+from mlx_cluster.cluster.status import ModelFacts, NodeStatus
+from mlx_cluster.config.schema import ModelEntry
+from mlx_cluster.errors import ClusterError, PlanError, UnsupportedModel
+from mlx_cluster.plan import Plan
+
+GRACE_SECONDS = 20.0  # how long a fresh coordinator waits for nodes it has never heard
+
+_log = log.get(__name__)
+
+
+class Placer(Protocol):
+    def __call__(self, model_id: str, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int) -> Plan:
+        """A plan for one model over (some of) the living nodes. Raises ``PlanError`` with the reason."""
+        ...
+
+    def wanted_split(self, entry: ModelEntry) -> Mapping[int, tuple[int, int]]:
+        """The manual split as node id → ``[start, end)``; empty when placement is automatic."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``commit`` a new document (None: keep), ``push`` the document in force to these nodes.
+
+    ``unplaced`` says why a configured model has no plan; ``waiting`` why nothing is decided yet.
+    """
+
+    commit: ClusterDocument | None = None
+    push: tuple[int, ...] = ()
+    unplaced: tuple[tuple[str, str], ...] = ()
+    waiting: str = ""
+
+
+class Coordinator:
+    """Decides once per heartbeat. ``transport`` is the configured one; ``started`` the boot time of this agent."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelEntry],
+        place: Placer,
+        transport: str,
+        started: float,
+        grace_seconds: float = GRACE_SECONDS,
+    ) -> None:
+        self._models, self._place, self._transport = models, place, transport
+        self._grace_ends = started + grace_seconds
+        self._led_term: int | None = None
+        self._own: set[tuple[str, int]] = set()  # plans placed or adopted in the led term
+
+    def decide(self, view: ClusterView, leadership: Leadership, document: ClusterDocument, now: float) -> Decision:
+        leads = leadership.node_id == view.self_id
+        push = tuple(
+            s.node_id
+            for s in view.living
+            if s.node_id != view.self_id and s.document < document.rank and (leads or s.node_id == leadership.node_id)
+        )
+        if not leads:
+            self._led_term = None
+            return Decision(push=push)
+        newer = [s for s in view.living if s.document > document.rank]
+        if newer:
+            return Decision(waiting=f"{newer[0].name} holds the newer document {newer[0].document}")
+        unheard = [n.member.name for n in view.nodes if n.status is None]
+        if unheard and now < self._grace_ends:
+            return Decision(push=push, waiting=f"not heard yet: {', '.join(unheard)}")
+        if self._led_term != leadership.term:
+            self._led_term = leadership.term
+            self._own = {(p.pipeline, p.version) for p in document.plans if _runs(p, view.living)}
+        return self._plan_all(view, leadership, document, push)
+
+    def _plan_all(
+        self, view: ClusterView, leadership: Leadership, document: ClusterDocument, push: tuple[int, ...]
+    ) -> Decision:
+        version = _next_version(document, view.living)
+        plans: list[Plan] = []
+        unplaced: list[tuple[str, str]] = []
+        for model_id, entry in self._models.items():
+            current = document.plan(model_id)
+            if current is not None and self._keeps(current, entry, view):
+                plans.append(current)
+                continue
+            try:
+                plan = self._place(model_id, entry, view.living, version)
+            except (PlanError, UnsupportedModel) as error:
+                unplaced.append((model_id, str(error)))
+                continue
+            plans.append(plan)
+            self._own.add((plan.pipeline, plan.version))
+        members = tuple(n.member for n in view.nodes)
+        wanted = replace(document, plans=tuple(plans), members=members, term=leadership.term)
+        torn = any(s.document == document.rank and s.document_hash != document.hash() for s in view.living)
+        if wanted == document and not torn:
+            return Decision(push=push, unplaced=tuple(unplaced))
+        committed = replace(wanted, version=version)
+        everybody = tuple(s.node_id for s in view.living if s.node_id != view.self_id)
+        return Decision(commit=committed, push=everybody, unplaced=tuple(unplaced))
+
+    def _keeps(self, plan: Plan, entry: ModelEntry, view: ClusterView) -> bool:
+        """Whether a plan goes on: it runs or was made by us, all its nodes live, and it is what the operator wants."""
+        if (plan.pipeline, plan.version) not in self._own:
+            return False
+        if any(view.is_dead(stage.node_id) for stage in plan.stages):
+            return False
+        if self._transport not in ("auto", plan.transport):
+            return False
+        for stage in plan.stages:
+            node = view.node(stage.node_id)
+            facts = node.status.model(plan.model.id) if node and node.status else None
+            if facts is not None and facts.manifest_hash != plan.model.manifest_hash:
+                return False
+        split = self._place.wanted_split(entry)
+        holds = {stage.node_id: (stage.start, stage.end) for stage in plan.stages}
+        can_split = bool(split) and all(
+            (node := view.node(node_id)) is not None
+            and node.state == "alive"
+            and node.status is not None
+            and node.status.model(plan.model.id) is not None
+            for node_id in split
+        )
+        return not can_split or holds == dict(split)
+
+
+def _runs(plan: Plan, living: Iterable[NodeStatus]) -> bool:
+    """Whether some living node still carries out this very plan."""
+    return any(
+        any(s.pipeline == plan.pipeline and s.epoch.version == plan.version for s in status.stages)
+        or any(p.plan.pipeline == plan.pipeline and p.plan.version == plan.version for p in status.pipelines)
+        for status in living
+    )
+
+
+def _next_version(document: ClusterDocument, living: Iterable[NodeStatus]) -> int:
+    """Above every version anybody has named, so that a lost state directory cannot bring back an old epoch."""
+    named = [document.version, *(p.version for p in document.plans)]
+    for status in living:
+        named += [status.document[1], *(epoch.version for _, epoch in status.epochs)]
+    return max(named) + 1
+
+
+def agreed_facts(model_id: str, nodes: Iterable[NodeStatus]) -> tuple[ModelFacts, tuple[NodeStatus, ...]]:
+    """The model as most nodes know it (the lowest node id breaks ties), and the nodes that hold that very model.
+
+    Raises ``PlanError`` when no living node can load it.
+    """
+    nodes = sorted(nodes, key=lambda s: s.node_id)
+    holders: dict[str, list[NodeStatus]] = {}
+    for status in nodes:
+        facts = status.model(model_id)
+        if facts is not None:
+            holders.setdefault(facts.manifest_hash, []).append(status)
+    if not holders:
+        reasons = [f"{s.name}: {why}" for s in nodes for model, why in s.missing if model == model_id]
+        raise PlanError(f"no living node can load {model_id}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    group = max(holders.values(), key=len)
+    facts = group[0].model(model_id)
+    assert facts is not None
+    return facts, tuple(group)
+
+
+def available_bytes(status: NodeStatus, pipeline: str, nodes: Iterable[NodeStatus]) -> int:
+    """Memory a new stage of ``pipeline`` may take on this node.
+
+    What its present stage of the same pipeline holds comes back; nodes that share a machine share its free memory.
+    """
+    sharing = max(1, sum(1 for s in nodes if s.machine == status.machine))
+    own = sum(stage.memory_bytes for stage in status.stages if stage.pipeline == pipeline)
+    return min(status.memory_total_bytes, status.memory_free_bytes // sharing + own)
+
+
+async def push(
+    document: ClusterDocument,
+    targets: Iterable[int],
+    put: Callable[[int, ClusterDocument], Awaitable[None]],
+) -> None:
+    """Send the document to the targets at once; whoever does not take it is asked again at the next heartbeat."""
+
+    async def one(node_id: int) -> None:
+        try:
+            await put(node_id, document)
+        except ClusterError as error:
+            _log.warning("document not taken", node=node_id, rank=document.rank, code=error.code, reason=str(error))
+
+    await asyncio.gather(*(one(node_id) for node_id in targets))

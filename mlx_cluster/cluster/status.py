@@ -1,0 +1,137 @@
+"""What a node says of itself in every heartbeat: frozen values with their JSON form.
+
+Owns: ``NodeStatus`` and its parts. Does not own: whether the node is alive (``membership``).
+Invariant: ``NodeStatus.from_json(status.to_json()) == status``; unknown keys are errors, because all nodes run the
+same version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mlx_cluster.plan import Epoch, Plan
+
+StageState = Literal["starting", "loading", "loaded", "linking", "linked", "failed"]
+PipelineState = Literal["loading", "ready", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A model that this node can load from its own disk, and what its parts weigh.
+
+    ``layer_bytes`` has one entry per layer; ``embed_bytes`` rests on the first stage, ``head_bytes`` (final norm and
+    head, the embedding again where it is tied) on the last one. ``kv_bytes_per_token`` is for one layer.
+    """
+
+    id: str
+    manifest_hash: str
+    layer_bytes: tuple[int, ...]
+    embed_bytes: int = 0
+    head_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    max_context: int = 0
+    uncuttable: str = ""  # why this family cannot be sliced; empty when it can
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """A stage process of this node."""
+
+    pipeline: str
+    epoch: Epoch
+    index: int
+    start: int
+    end: int
+    pid: int
+    state: StageState
+    memory_bytes: int = 0
+    done_bytes: int = 0
+    total_bytes: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStatus:
+    """A pipeline that this node drives: it holds stage 0 and the engine. ``plan`` carries the transport in use."""
+
+    plan: Plan
+    epoch: Epoch
+    state: PipelineState
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """Everything a node tells the others. ``sequence`` rises with every status of one boot.
+
+    ``document`` is the (term, version) of the newest cluster document this node has accepted and ``document_hash``
+    its digest; ``leader`` and ``term`` are whom it takes for the coordinator; ``unplaced`` (model, why) is filled by
+    the coordinator only.
+    """
+
+    node_id: int
+    name: str
+    pid: int
+    host: str
+    machine: str
+    boot_id: str
+    sequence: int
+    version: str
+    gateway_url: str
+    admin_url: str
+    comms_address: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    cores: int
+    leader: int | None = None
+    term: int = 0
+    document: tuple[int, int] = (0, 0)
+    document_hash: str = ""
+    models: tuple[ModelFacts, ...] = ()
+    missing: tuple[tuple[str, str], ...] = ()  # (model, why this node cannot load it)
+    stages: tuple[StageStatus, ...] = ()
+    pipelines: tuple[PipelineStatus, ...] = ()
+    epochs: tuple[tuple[str, Epoch], ...] = ()  # the highest epoch seen of each pipeline
+    unplaced: tuple[tuple[str, str], ...] = ()
+
+    def model(self, model_id: str) -> ModelFacts | None:
+        return next((facts for facts in self.models if facts.id == model_id), None)
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        for stage, value in zip(data["stages"], self.stages, strict=True):
+            stage["epoch"] = str(value.epoch)
+        data["pipelines"] = [
+            {"plan": p.plan.to_json(), "epoch": str(p.epoch), "state": p.state, "detail": p.detail}
+            for p in self.pipelines
+        ]
+        data["epochs"] = [[pipeline, str(epoch)] for pipeline, epoch in self.epochs]
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> NodeStatus:
+        """Inverse of ``to_json``. Raises ``TypeError``, ``KeyError`` or ``ValueError`` on anything else."""
+        data = dict(data)
+        term, version = data.pop("document")
+        return cls(
+            document=(term, version),
+            models=tuple(
+                ModelFacts(**{**facts, "layer_bytes": tuple(facts["layer_bytes"])}) for facts in data.pop("models")
+            ),
+            missing=tuple((model, why) for model, why in data.pop("missing")),
+            stages=tuple(
+                StageStatus(**{**stage, "epoch": Epoch.parse(stage["epoch"])}) for stage in data.pop("stages")
+            ),
+            pipelines=tuple(
+                PipelineStatus(Plan.from_json(p["plan"]), Epoch.parse(p["epoch"]), p["state"], p["detail"])
+                for p in data.pop("pipelines")
+            ),
+            epochs=tuple((pipeline, Epoch.parse(epoch)) for pipeline, epoch in data.pop("epochs")),
+            unplaced=tuple((model, why) for model, why in data.pop("unplaced")),
+            **data,
+        )

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_cluster.cluster.coordinator import Coordinator, Decision, agreed_facts, available_bytes, push
+from mlx_cluster.cluster.document import ClusterDocument, accept
+from mlx_cluster.cluster.leader import Leadership, LowestLiveNode
+from mlx_cluster.cluster.membership import Membership
+from mlx_cluster.cluster.status import NodeStatus, PipelineStatus, StageStatus
+from mlx_cluster.config.schema import ModelEntry
+from mlx_cluster.errors import Fenced, PlanError
+from mlx_cluster.plan import Epoch, Plan, even_counts
+from tests.unit.cluster.builders import GIB, VERSION, facts, members, plan, status, view
+
+LED = Leadership(0, 1)
+
+
+class EvenPlacer:
+    """Layers as even as possible over the nodes that hold the model; a manual split when all of it can be held."""
+
+    def __init__(self, split: Mapping[int, tuple[int, int]] | None = None, capacity: int = 99) -> None:
+        self.split, self.capacity = split or {}, capacity
+
+    def wanted_split(self, entry: ModelEntry) -> Mapping[int, tuple[int, int]]:
+        return self.split
+
+    def __call__(self, model_id: str, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int) -> Plan:
+        known, holders = agreed_facts(model_id, nodes)
+        ids = sorted(s.node_id for s in holders)
+        if self.split and set(self.split) <= set(ids):
+            counts = {i: end - start for i, (start, end) in self.split.items()}
+        else:
+            counts = dict(zip(ids, even_counts(known.num_layers, len(ids)), strict=True))
+        if max(counts.values()) > self.capacity:
+            raise PlanError(f"{max(counts.values()) - self.capacity} layers too many")
+        return plan(counts, version, model_id, known.manifest_hash)
+
+
+def coordinator(placer: EvenPlacer | None = None, transport: str = "auto") -> Coordinator:
+    return Coordinator({"tiny": ModelEntry()}, placer or EvenPlacer(), transport, started=0.0, grace_seconds=20.0)
+
+
+EMPTY = ClusterDocument("c")
+THREE: dict[int, NodeStatus | None] = {i: status(i) for i in range(3)}
+
+
+def committed(decision: Decision) -> ClusterDocument:
+    assert decision.commit is not None, decision
+    return decision.commit
+
+
+def told(document: ClusterDocument, statuses: Mapping[int, NodeStatus | None]) -> dict[int, NodeStatus | None]:
+    """The same nodes after they have taken the document."""
+    return {
+        i: replace(s, document=document.rank, document_hash=document.hash()) if s else None for i, s in statuses.items()
+    }
+
+
+def test_it_waits_for_all_configured_nodes_then_plans_and_pushes() -> None:
+    deciding = coordinator()
+    waiting = deciding.decide(view(0, {**THREE, 2: None}), LED, EMPTY, now=1.0)
+    assert waiting.commit is None
+    assert waiting.waiting == "not heard yet: mini2"
+    decision = deciding.decide(view(0, THREE), LED, EMPTY, now=2.0)
+    document = committed(decision)
+    assert [(s.node_id, s.start, s.end) for s in document.plans[0].stages] == [(0, 0, 2), (1, 2, 4), (2, 4, 6)]
+    assert (document.rank, document.plans[0].version) == ((1, 1), 1)
+    assert [m.name for m in document.members] == ["mini0", "mini1", "mini2"]
+    assert decision.push == (1, 2)
+
+
+def test_after_the_grace_period_it_plans_over_those_who_came() -> None:
+    decision = coordinator().decide(view(0, {**THREE, 2: None}), LED, EMPTY, now=20.0)
+    assert [s.node_id for s in committed(decision).plans[0].stages] == [0, 1]
+
+
+def test_a_plan_that_runs_is_left_alone_and_whoever_lacks_the_document_gets_it_again() -> None:
+    deciding = coordinator()
+    document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    statuses = told(document, THREE)
+    assert deciding.decide(view(0, statuses), LED, document, now=3.0) == Decision()
+    assert deciding.decide(view(0, {**statuses, 2: status(2)}), LED, document, now=4.0) == Decision(push=(2,))
+
+
+def test_a_dead_node_of_the_plan_means_a_plan_over_the_survivors() -> None:
+    deciding = coordinator()
+    document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    later = committed(deciding.decide(view(0, told(document, THREE), dead=frozenset({1})), LED, document, now=3.0))
+    assert [(s.node_id, s.start, s.end) for s in later.plans[0].stages] == [(0, 0, 3), (2, 3, 6)]
+    assert later.rank > document.rank
+    assert later.plans[0].version > document.plans[0].version
+
+
+def test_a_node_that_returns_is_standby_unless_a_manual_split_names_it() -> None:
+    split = {0: (0, 4), 1: (4, 5), 2: (5, 6)}
+    for placer, changes in ((EvenPlacer(), False), (EvenPlacer(split), True)):
+        deciding = coordinator(placer)
+        first = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+        without = committed(deciding.decide(view(0, told(first, THREE), dead=frozenset({1})), LED, first, now=3.0))
+        assert [s.node_id for s in without.plans[0].stages] == [0, 2]
+        back = deciding.decide(view(0, told(without, THREE)), LED, without, now=9.0)
+        assert (back.commit is not None) is changes
+        if back.commit is not None:
+            assert [(s.start, s.end) for s in back.commit.plans[0].stages] == list(split.values())
+
+
+def test_what_does_not_fit_is_said_and_the_old_plan_ends() -> None:
+    deciding = coordinator(EvenPlacer(capacity=2))
+    document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    decision = deciding.decide(view(0, told(document, THREE), dead=frozenset({1})), LED, document, now=3.0)
+    assert committed(decision).plans == ()
+    assert decision.unplaced == (("tiny", "1 layers too many"),)
+    again = deciding.decide(
+        view(0, told(committed(decision), THREE), dead=frozenset({1})), LED, committed(decision), now=4.0
+    )
+    assert again.commit is None, "the same refusal is not committed every second"
+
+
+def test_a_follower_pushes_only_to_a_leader_that_lacks_the_document() -> None:
+    document = ClusterDocument("c", 3, 4, tuple(members(3)), (plan({0: 3, 1: 3}, 4),))
+    statuses = told(document, THREE)
+    follower = coordinator()
+    table = view(1, {**statuses, 0: status(0), 2: status(2)})
+    assert follower.decide(table, Leadership(0, 3), document, now=1.0) == Decision(push=(0,))
+
+
+def test_a_leader_waits_for_a_newer_document_instead_of_overruling_it() -> None:
+    statuses = {**THREE, 2: status(2, document=(5, 5))}
+    decision = coordinator().decide(view(0, statuses), Leadership(0, 6), EMPTY, now=99.0)
+    assert decision.commit is None
+    assert "mini2 holds the newer document (5, 5)" in decision.waiting
+
+
+def running(document: ClusterDocument) -> dict[int, NodeStatus | None]:
+    placed = document.plans[0]
+    statuses = told(document, THREE)
+    for stage in placed.stages:
+        now = statuses[stage.node_id]
+        assert now is not None
+        word = StageStatus("tiny", Epoch(placed.version, 1), stage.index, stage.start, stage.end, 7, "linked")
+        statuses[stage.node_id] = replace(now, stages=(word,))
+    return statuses
+
+
+def test_a_new_coordinator_adopts_what_runs_under_its_own_term() -> None:
+    old = ClusterDocument("c", 1, 4, tuple(members(3)), (plan({1: 1, 2: 5}, 4),))
+    successor = coordinator()
+    decision = successor.decide(view(1, running(old), dead=frozenset({0})), Leadership(1, 2), old, now=99.0)
+    document = committed(decision)
+    assert document.plans == old.plans
+    assert document.rank == (2, 5)
+    assert decision.push == (2,)
+
+
+def test_a_plan_of_an_earlier_life_that_nobody_runs_is_made_anew() -> None:
+    old = ClusterDocument("c", 1, 4, tuple(members(3)), (plan({1: 1, 2: 5}, 4),))
+    decision = coordinator().decide(view(0, told(old, THREE)), Leadership(0, 2), old, now=2.0)
+    assert [s.node_id for s in committed(decision).plans[0].stages] == [0, 1, 2]
+    assert committed(decision).plans[0].version == 5
+
+
+def test_a_lost_state_directory_does_not_bring_back_an_old_epoch() -> None:
+    statuses = {**THREE, 1: status(1, epochs=(("tiny", Epoch(41, 7)),))}
+    assert committed(coordinator().decide(view(0, statuses), LED, EMPTY, now=2.0)).plans[0].version == 42
+
+
+def test_two_documents_of_one_rank_are_healed_by_a_newer_one() -> None:
+    deciding = coordinator()
+    document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    statuses = told(document, THREE)
+    statuses[2] = status(2, document=document.rank, document_hash="another")
+    healed = committed(deciding.decide(view(0, statuses), LED, document, now=3.0))
+    assert healed.plans == document.plans
+    assert healed.rank > document.rank
+
+
+def test_another_transport_or_another_manifest_asks_for_a_new_plan() -> None:
+    deciding = coordinator(transport="grpc")
+    document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    changed = {i: replace(s, models=(facts(manifest_hash="m2"),)) for i, s in told(document, THREE).items() if s}
+    later = committed(deciding.decide(view(0, dict(changed)), LED, document, now=3.0))
+    assert later.plans[0].model.manifest_hash == "m2"
+
+
+def test_the_driver_counts_as_running_too() -> None:
+    old = ClusterDocument("c", 1, 4, tuple(members(3)), (plan({1: 1, 2: 5}, 4),))
+    statuses = told(old, THREE)
+    driver = statuses[1]
+    assert driver is not None
+    statuses[1] = replace(driver, pipelines=(PipelineStatus(old.plans[0], Epoch(4, 1), "loading"),))
+    assert committed(coordinator().decide(view(0, statuses), Leadership(0, 2), old, now=2.0)).plans == old.plans
+
+
+def test_the_model_is_what_most_nodes_hold() -> None:
+    nodes = [status(0, models=(facts(manifest_hash="odd"),)), status(1), status(2)]
+    known, holders = agreed_facts("tiny", nodes)
+    assert (known.manifest_hash, [s.node_id for s in holders]) == ("m1", [1, 2])
+    nodes = [status(0, models=(), missing=(("tiny", "no such folder"),))]
+    with pytest.raises(PlanError, match=r"no living node can load tiny \(mini0: no such folder\)"):
+        agreed_facts("tiny", nodes)
+
+
+def test_nodes_that_share_a_machine_share_its_memory() -> None:
+    own = StageStatus("tiny", Epoch(1, 1), 0, 0, 3, 7, "linked", memory_bytes=GIB)
+    nodes = [status(0, machine="m", stages=(own,)), status(1, machine="m"), status(2)]
+    assert available_bytes(nodes[0], "tiny", nodes) == 2 * GIB + GIB
+    assert available_bytes(nodes[1], "tiny", nodes) == 2 * GIB
+    assert available_bytes(nodes[2], "tiny", nodes) == 4 * GIB
+
+
+async def test_one_refusal_does_not_stop_a_push_to_the_others() -> None:
+    taken: list[int] = []
+
+    async def put(node_id: int, document: ClusterDocument) -> None:
+        if node_id == 1:
+            raise Fenced("newer here")
+        taken.append(node_id)
+
+    await push(EMPTY, [0, 1, 2], put)
+    assert taken == [0, 2]
+
+
+class Simulated:
+    """Agents with the real table, leader choice, coordinator and document rule; words and deaths come from a trace."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.now = 0.0
+        self.boots = [0] * count
+        self.up = [True] * count
+        self.documents = [EMPTY] * count
+        self.terms = [0] * count
+        self.sequences = [0] * count
+        for node in range(count):
+            self.boot(node)
+
+    def boot(self, node: int) -> None:
+        if not hasattr(self, "tables"):
+            self.tables: dict[int, Membership] = {}
+            self.choices: dict[int, LowestLiveNode] = {}
+            self.deciders: dict[int, Coordinator] = {}
+        self.boots[node] += 1
+        self.sequences[node] = 0
+        self.up[node] = True
+        self.tables[node] = Membership(node, members(self.count), VERSION, 1.0, 3, self.now)
+        self.choices[node] = LowestLiveNode(node, self.documents[node].term)
+        self.deciders[node] = Coordinator({"tiny": ModelEntry()}, EvenPlacer(), "auto", self.now, grace_seconds=5.0)
+
+    def status(self, node: int) -> NodeStatus:
+        self.sequences[node] += 1
+        document = self.documents[node]
+        stages: tuple[Any, ...] = tuple(
+            StageStatus("tiny", Epoch(p.version, 1), s.index, s.start, s.end, 7, "linked")
+            for p in document.plans
+            for s in p.stages
+            if s.node_id == node
+        )
+        return status(
+            node,
+            self.sequences[node],
+            f"{node}-{self.boots[node]}",
+            term=self.terms[node],
+            document=document.rank,
+            document_hash=document.hash(),
+            stages=stages,
+        )
+
+    def second(self, cut: frozenset[int]) -> None:
+        """One heartbeat of everybody; nodes in ``cut`` hear and are heard only among themselves."""
+        self.now += 1.0
+        for node in range(self.count):
+            if not self.up[node]:
+                continue
+            word = self.status(node)
+            for other in range(self.count):
+                if self.up[other] and (node in cut) == (other in cut):
+                    self.tables[other].heard(word, self.now)
+        for node in range(self.count):
+            if self.up[node]:
+                self.act(node, cut)
+
+    def act(self, node: int, cut: frozenset[int]) -> None:
+        table = self.tables[node].tick(self.now)
+        leadership = self.choices[node].observe(table)
+        self.terms[node] = leadership.term
+        decision = self.deciders[node].decide(table, leadership, self.documents[node], self.now)
+        if decision.commit is not None:
+            assert decision.commit.rank > self.documents[node].rank
+            self.documents[node] = accept(self.documents[node], decision.commit)
+        for other in decision.push:
+            if self.up[other] and (node in cut) == (other in cut):
+                before = self.documents[other]
+                try:
+                    self.documents[other] = accept(before, self.documents[node])
+                except Fenced:
+                    assert self.documents[node].rank <= before.rank
+
+
+events = st.one_of(
+    st.tuples(st.just("kill"), st.integers(0, 2)),
+    st.tuples(st.just("boot"), st.integers(0, 2)),
+    st.tuples(st.just("cut"), st.integers(0, 3)),
+    st.tuples(st.just("pass"), st.integers(1, 6)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(events, max_size=14))
+def test_whatever_happens_the_living_end_with_one_plan_over_living_nodes(trace: list[tuple[str, int]]) -> None:
+    world = Simulated(3)
+    cut: frozenset[int] = frozenset()
+    for what, value in trace:
+        if what == "kill" and sum(world.up) > 1:
+            world.up[value] = False
+        elif what == "boot" and not world.up[value]:
+            world.boot(value)
+        elif what == "cut":
+            cut = frozenset({value}) if value < 3 else frozenset()
+        else:
+            for _ in range(value):
+                world.second(cut)
+    for _ in range(14):
+        world.second(frozenset())
+    living = [node for node in range(3) if world.up[node]]
+    documents = [world.documents[node] for node in living]
+    assert all(document == documents[0] for document in documents), [d.rank for d in documents]
+    assert len(documents[0].plans) == 1
+    assert {stage.node_id for stage in documents[0].plans[0].stages} <= set(living)
+    settled = documents[0]
+    for _ in range(3):
+        world.second(frozenset())
+    assert world.documents[living[0]] == settled, "nothing changes when nothing happens"
