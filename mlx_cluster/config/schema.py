@@ -6,12 +6,35 @@ Invariant: frozen; unknown keys are errors; a value that got here is in bounds.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from mlx_cluster.config.quantity import parse_bytes
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Transport = Literal["auto", "ring", "grpc", "mpi", "jaccl", "nccl"]
+
+
+def _check_amount(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+def _check_split(text: str) -> str:
+    if not re.fullmatch(r"\d{1,4}(/\d{1,4})*", text):
+        raise ValueError(f"{text!r} is not a split; write the layers of each node like 10/9/9")
+    return text
+
+
+def _bare_number_as_text(value: Any) -> Any:
+    """``memory_budget: 12000000000`` and ``split: 28`` are numbers to YAML, and text here."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+MemoryAmount = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_amount)]
+Split = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_split)]
 
 
 class Section(BaseModel):
@@ -85,7 +108,7 @@ class NodeSettings(Section):
     """What holds on one node only (nodes.yaml): nothing assumes equal paths or users."""
 
     model_dirs: tuple[str, ...] = ()
-    memory_budget: str | None = None  # "12GB"; default: what the machine has
+    memory_budget: MemoryAmount | None = None  # "12GB"; default: what the machine has
     interfaces: tuple[str, ...] = ()
     bind: str | None = None
     state_dir: str | None = None
@@ -95,7 +118,7 @@ class StageSharding(Section):
     """``layers`` are inclusive bounds, as people write them."""
 
     layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
-    estimated_memory: str | None = None
+    estimated_memory: MemoryAmount | None = None  # compared with the computed bytes; a difference is a warning
     includes_output_head: bool = False
 
 
@@ -105,7 +128,7 @@ class ModelEntry(Section):
     path: str | None = None
     total_layers: Annotated[int, Field(ge=1)] | None = None
     sharding: dict[str, StageSharding] = {}
-    split: str | None = None  # "10/9/9", in order of node ids
+    split: Split | None = None  # "10/9/9", in order of node ids; 0 leaves a node out
     aliases: tuple[str, ...] = ()
     max_context: Annotated[int, Field(ge=1)] | None = None
 

@@ -1,0 +1,104 @@
+"""Rules that hold between sections: unique nodes, names that resolve, splits that cover every layer.
+
+Owns: these rules, each error with the place of the value that is wrong. Does not own: bounds of single values
+(``config.schema``) and ports (``config.ports``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlx_cluster.config.names import find_node, manual_stages, node_name
+from mlx_cluster.config.schema import ModelEntry, Settings
+from mlx_cluster.errors import ConfigError, PlanError
+from mlx_cluster.plan import check_cover
+
+Path = tuple[str | int, ...]
+PlaceOf = Callable[[Path], tuple[str | None, int | None]]
+
+
+def check(settings: Settings, place_of: PlaceOf) -> None:
+    """Raise ``ConfigError`` for the first rule that is broken."""
+    _check_nodes(settings, place_of)
+    named: dict[int, str] = {}
+    for ref in settings.nodes:
+        node_id = _resolve(settings, ref, ("nodes", ref), place_of)
+        if node_id in named:
+            raise _error(f"{ref!r} and {named[node_id]!r} are the same node: join them", ("nodes", ref), place_of)
+        named[node_id] = ref
+    names: dict[str, str] = {}
+    for model_id, model in settings.models.items():
+        _check_model(settings, model_id, model, place_of)
+        for name in (model_id, *model.aliases):
+            if names.setdefault(name, model_id) != model_id:
+                raise _error(
+                    f"{name!r} names both {names[name]!r} and {model_id!r}: rename one", ("models", model_id), place_of
+                )
+
+
+def _check_nodes(settings: Settings, place_of: PlaceOf) -> None:
+    ids: set[int] = set()
+    names: set[str] = set()
+    for index, entry in enumerate(settings.cluster.nodes):
+        at = ("cluster", "nodes", index)
+        if entry.node_id in ids:
+            raise _error(f"node_id {entry.node_id} is given twice: node ids are unique", (*at, "node_id"), place_of)
+        if node_name(entry) in names:
+            raise _error(
+                f"two nodes are called {node_name(entry)!r}: give one of them another 'name'", (*at, "host"), place_of
+            )
+        if len(set(entry.ports)) != len(entry.ports):
+            raise _error(f"ports {list(entry.ports)} repeat a port: each has its own use", (*at, "ports"), place_of)
+        ids.add(entry.node_id)
+        names.add(node_name(entry))
+
+
+def _check_model(settings: Settings, model_id: str, model: ModelEntry, place_of: PlaceOf) -> None:
+    at: Path = ("models", model_id)
+    if model.split is not None and model.sharding:
+        raise _error(f"models.{model_id} has both 'split' and 'sharding': keep one", (*at, "split"), place_of)
+    owners: dict[int, str] = {}
+    for ref, shard in model.sharding.items():
+        here = (*at, "sharding", ref)
+        first, last = shard.layers
+        if last < first:
+            raise _error(
+                f"layers [{first}, {last}] run backwards: both bounds are inclusive, the lower comes first",
+                (*here, "layers"),
+                place_of,
+            )
+        node_id = _resolve(settings, ref, here, place_of)
+        if node_id in owners:
+            raise _error(f"{ref!r} and {owners[node_id]!r} are the same node", here, place_of)
+        owners[node_id] = ref
+    what = "sharding" if model.sharding else "split"
+    try:
+        stages = manual_stages(settings, model)
+        if stages and model.total_layers is not None:
+            check_cover([(s.start, s.end) for s in stages], model.total_layers)
+        elif stages:
+            check_cover([(s.start, s.end) for s in stages], stages[-1].end)
+        elif model.split is not None:
+            raise PlanError(f"the split {model.split} gives no node any layer")
+    except (ConfigError, PlanError) as error:
+        raise _error(f"models.{model_id}.{what}: {error}", (*at, what), place_of) from error
+    for ref, shard in model.sharding.items():
+        if shard.includes_output_head and shard.layers[1] + 1 != stages[-1].end:
+            raise _error(
+                f"{ref!r} cannot hold the output head: the head stands on the node of the last layer "
+                f"({stages[-1].end - 1})",
+                (*at, "sharding", ref, "includes_output_head"),
+                place_of,
+            )
+
+
+def _resolve(settings: Settings, ref: str, path: Path, place_of: PlaceOf) -> int:
+    try:
+        return find_node(settings, ref).node_id
+    except ConfigError as error:
+        raise _error(str(error), path, place_of) from error
+
+
+def _error(text: str, path: Path, place_of: PlaceOf) -> ConfigError:
+    file, line = place_of(path)
+    return ConfigError(text, key=".".join(map(str, path)), file=file, line=line)
