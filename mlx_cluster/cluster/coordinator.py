@@ -121,7 +121,7 @@ class Coordinator:
             return False
         if any(view.is_dead(stage.node_id) for stage in plan.stages):
             return False
-        if self._transport not in ("auto", plan.transport):
+        if plan.num_stages > 1 and self._transport not in ("auto", plan.transport):
             return False
         for stage in plan.stages:
             node = view.node(stage.node_id)

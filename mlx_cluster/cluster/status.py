@@ -22,6 +22,7 @@ class ModelFacts:
 
     ``layer_bytes`` has one entry per layer; ``embed_bytes`` rests on the first stage, ``head_bytes`` (final norm and
     head, the embedding again where it is tied) on the last one. ``kv_bytes_per_token`` is for one layer.
+    ``dense_ratio`` says how much more the weights take here when they are dequantized to float32 (1: they are not).
     """
 
     id: str
@@ -31,7 +32,7 @@ class ModelFacts:
     head_bytes: int = 0
     kv_bytes_per_token: int = 0
     max_context: int = 0
-    uncuttable: str = ""  # why this family cannot be sliced; empty when it can
+    dense_ratio: float = 1.0
 
     @property
     def num_layers(self) -> int:
