@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from mlx_cluster.config.quantity import format_bytes
 from mlx_cluster.errors import PlanError
@@ -162,7 +162,7 @@ class _Range(NamedTuple):
     end: int
 
 
-Value = TypeVar("Value", int, tuple[int, ...])
+Value = tuple[int, ...]  # compared from left to right
 
 
 def _best(
@@ -182,31 +182,35 @@ def _best(
         current = dict(best)  # leave this node out
         for start in range(table.num_layers):
             for end in range(table.num_layers, start, -1):
-                if end not in best or (own := value(node, start, end)) is None:
+                if end not in best:
                     continue
-                total = join(own, best[end][0])
+                behind, ranges = best[end]
+                own = value(node, start, end)
+                if own is None:
+                    continue
+                total = join(own, behind)
                 if start not in current or total < current[start][0]:
-                    current[start] = (total, (_Range(node, start, end), *best[end][1]))
+                    current[start] = (total, (_Range(node, start, end), *ranges))
         best = current
     return (best[0][0], list(best[0][1])) if 0 in best else None
 
 
-def _add(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+def _add(left: Value, right: Value) -> Value:
     return tuple(a + b for a, b in zip(left, right, strict=True))
 
 
 def _choose(table: _Table, objective: Objective, hop_bytes: int, why: str) -> Placement:
-    def time(node: int, start: int, end: int) -> int | None:
-        return None if table.excess(node, start, end) else table.time(node, start, end)
+    def time(node: int, start: int, end: int) -> Value | None:
+        return None if table.excess(node, start, end) else (table.time(node, start, end),)
 
-    slowest = _best(table, time, max, 0)
+    slowest = _best(table, time, max, (0,))
     if slowest is None:
         raise PlanError(_does_not_fit(table))
-    bound = slowest[0] if objective == "throughput" else None
+    bound = slowest[0][0] if objective == "throughput" else None
 
-    def costs(node: int, start: int, end: int) -> tuple[int, ...] | None:
-        own = time(node, start, end)
-        if own is None or (bound is not None and own > bound):
+    def costs(node: int, start: int, end: int) -> Value | None:
+        own = table.time(node, start, end)
+        if table.excess(node, start, end) or (bound is not None and own > bound):
             return None
         # Among equals the most even one: the least sum of squares.
         return (own + hop_bytes, own * own)
@@ -225,9 +229,9 @@ def _choose(table: _Table, objective: Objective, hop_bytes: int, why: str) -> Pl
 
 def _does_not_fit(table: _Table) -> str:
     """By how many bytes, and on which node, with the layers cut so that the least is missing."""
-    least = _best(table, table.excess, lambda a, b: a + b, 0)
+    least = _best(table, lambda node, start, end: (table.excess(node, start, end),), _add, (0,))
     assert least is not None, "without a limit one node can hold everything"
-    missing, ranges = least
+    (missing,), ranges = least
     where = [
         f"{table.nodes[r.node].name} would need {format_bytes(table.memory(r.start, r.end))} for layers "
         f"[{r.start}, {r.end}) and has {format_bytes(table.nodes[r.node].budget_bytes or 0)}"
