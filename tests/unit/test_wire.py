@@ -1,0 +1,132 @@
+"""decode(encode(value)) == value, for everything that crosses a wire; typed errors keep their class."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_cluster import errors, wire
+from mlx_cluster._pb import engine_pb2, stage_pb2
+from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report, RowSpec, Sampled
+from mlx_cluster.request import Admitted, Finished, Sampling, SequenceRequest, Token
+
+small = st.integers(0, 2**31)
+real = st.floats(allow_nan=False, allow_infinity=False)
+ids = st.lists(small, max_size=5).map(tuple)
+pairs = st.lists(st.tuples(small, real), max_size=3).map(tuple)
+samplings = st.builds(
+    Sampling,
+    temperature=real,
+    top_p=real,
+    top_k=small,
+    min_p=real,
+    seed=st.integers(0, 2**63 - 1),
+    presence_penalty=real,
+    frequency_penalty=real,
+    repetition_penalty=real,
+    logit_bias=pairs,
+    top_logprobs=st.none() | st.integers(0, 20),
+)
+specs = st.builds(
+    RowSpec, row=small, sampling=samplings, choice=small, first_index=small, prompt_length=small, history=ids
+)
+microbatches = st.builds(
+    Microbatch,
+    id=small,
+    kind=st.sampled_from(Kind),
+    rows=ids,
+    tokens=ids,
+    group=small,
+    sample=st.booleans(),
+    admit=st.lists(specs, max_size=2).map(tuple),
+    release=ids,
+)
+reports = st.builds(
+    Report,
+    microbatch_id=small,
+    stage=st.integers(0, 64),
+    compute_seconds=real,
+    wait_seconds=real,
+    sent_bytes=small,
+    sampled=st.lists(
+        st.builds(Sampled, row=small, token_id=small, logprob=st.none() | real, top=pairs), max_size=3
+    ).map(tuple),
+    failed=st.lists(st.builds(FailedRow, row=small, message=st.text(max_size=9)), max_size=2).map(tuple),
+)
+requests = st.builds(
+    SequenceRequest,
+    request_id=st.text(max_size=9),
+    model=st.text(max_size=9),
+    prompt=ids,
+    max_tokens=small,
+    sampling=samplings,
+    choice=small,
+    stop_token_ids=st.frozensets(small, max_size=3),
+    emitted=ids,
+    priority=st.integers(-100, 100),
+)
+events = st.one_of(
+    st.builds(Admitted, cached_tokens=small),
+    st.builds(Token, index=small, token_id=small, logprob=st.none() | real, top=pairs),
+    st.builds(
+        Finished,
+        reason=st.sampled_from(["stop", "length", "cancelled"]),
+        prompt_tokens=small,
+        completion_tokens=small,
+        cached_tokens=small,
+    ),
+)
+
+
+@given(microbatches)
+def test_microbatches(value: Microbatch) -> None:
+    data = wire.encode_microbatch(value).SerializeToString()
+    assert wire.decode_microbatch(stage_pb2.Microbatch.FromString(data)) == value
+
+
+@given(reports)
+def test_reports(value: Report) -> None:
+    data = wire.encode_report(value).SerializeToString()
+    assert wire.decode_report(stage_pb2.Report.FromString(data)) == value
+
+
+@given(requests)
+def test_requests(value: SequenceRequest) -> None:
+    data = wire.encode_sequence_request(value).SerializeToString()
+    assert wire.decode_sequence_request(engine_pb2.SequenceRequest.FromString(data)) == value
+
+
+@given(events)
+def test_events(value: Admitted | Token | Finished) -> None:
+    data = wire.encode_event(value).SerializeToString()
+    assert wire.decode_event(engine_pb2.SequenceEvent.FromString(data)) == value
+
+
+def test_a_steady_decode_header_is_small() -> None:
+    for rows in (1, 8, 32):
+        header = Microbatch(90_000, Kind.DECODE, tuple(range(700, 700 + rows)), (150_000,) * rows, 3, sample=True)
+        message = stage_pb2.EngineMessage(microbatch=wire.encode_microbatch(header))
+        assert message.ByteSize() <= 64 + 16 * rows
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.Overloaded("full", retry_after_seconds=2.5),
+        errors.StageLost("gone"),
+        errors.ContextLengthExceeded("too long", param="max_tokens"),
+        errors.RowFailed("bad row"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_typed_errors_keep_their_class_and_facts(error: errors.ClusterError) -> None:
+    with pytest.raises(type(error), match=str(error)) as caught:
+        wire.decode_event(engine_pb2.SequenceEvent.FromString(wire.encode_failure(error).SerializeToString()))
+    assert getattr(caught.value, "retry_after_seconds", None) == getattr(error, "retry_after_seconds", None)
+    assert getattr(caught.value, "param", None) == getattr(error, "param", None)
+
+
+def test_an_unknown_code_is_still_an_error_of_the_tree() -> None:
+    error = wire.error_from_code("from_the_future", "what")
+    assert type(error) is errors.ClusterError
