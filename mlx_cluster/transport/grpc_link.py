@@ -71,10 +71,6 @@ def decode_hop(data: bytes) -> HopId:
         raise LinkMismatch(f"the call does not say which hop it is ({error!r})") from error
 
 
-def name_of(hop: HopId) -> str:
-    return f"hop {hop.sender}→{hop.sender + 1} of {hop.pipeline} in epoch {hop.epoch}"
-
-
 # -- the receiver -------------------------------------------------------------------------------------
 
 
@@ -94,7 +90,7 @@ class GrpcReceiveEnd:
                 await self._attached.wait()
         except TimeoutError:
             raise LinkUnavailable(
-                f"{name_of(self.hop)}: stage {self.hop.sender} did not connect within {timeout_seconds:g} s"
+                f"{self.hop}: stage {self.hop.sender} did not connect within {timeout_seconds:g} s"
             ) from None
 
     async def receive(self, timeout_seconds: float) -> Frame:
@@ -102,10 +98,10 @@ class GrpcReceiveEnd:
             async with asyncio.timeout(timeout_seconds):
                 return await self.mailbox.get()
         except TimeoutError:
-            raise LinkTimeout(f"{name_of(self.hop)}: nothing came within {timeout_seconds:g} s") from None
+            raise LinkTimeout(f"{self.hop}: nothing came within {timeout_seconds:g} s") from None
 
     async def close(self) -> None:
-        self.end(LinkClosed(f"{name_of(self.hop)}: stage {self.hop.sender + 1} closed it"))
+        self.end(LinkClosed(f"{self.hop}: stage {self.hop.sender + 1} closed it"))
 
     def end(self, error: LinkError) -> None:
         """Close with this error and drop what nobody took; the stream ends soon after."""
@@ -116,11 +112,9 @@ class GrpcReceiveEnd:
     def attach(self, pump: asyncio.Task[Any]) -> None:
         """``pump`` now feeds the mailbox. Raises ``LinkMismatch`` when another stream does already."""
         if self.mailbox.closed:
-            raise LinkClosed(f"{name_of(self.hop)}: stage {self.hop.sender + 1} closed it")
+            raise LinkClosed(f"{self.hop}: stage {self.hop.sender + 1} closed it")
         if self._pump is not None:
-            raise LinkMismatch(
-                f"{name_of(self.hop)} has a stream already: two processes act as stage {self.hop.sender}"
-            )
+            raise LinkMismatch(f"{self.hop} has a stream already: two processes act as stage {self.hop.sender}")
         self._pump = pump
         self._attached.set()
 
@@ -153,8 +147,8 @@ class HiddenStates:
         before = self._ends.get(key)
         if before is not None:
             if hop.epoch < before.hop.epoch:
-                raise Fenced(f"{name_of(hop)}: epoch {before.hop.epoch} is in force already")
-            before.end(LinkClosed(f"{name_of(before.hop)}: epoch {hop.epoch} took over"))
+                raise Fenced(f"{hop}: epoch {before.hop.epoch} is in force already")
+            before.end(LinkClosed(f"{before.hop}: epoch {hop.epoch} took over"))
         end = GrpcReceiveEnd(hop, capacity)
         self._ends[key] = end
         self._expectations_changed.set()
@@ -177,25 +171,23 @@ class HiddenStates:
             await context.write(encode_hop(end.hop))
             while (message := await context.read()) is not grpc.aio.EOF:
                 await end.mailbox.put(framing.decode(message))
-            end.mailbox.close(LinkClosed(f"{name_of(end.hop)}: stage {end.hop.sender} closed it"))
+            end.mailbox.close(LinkClosed(f"{end.hop}: stage {end.hop.sender} closed it"))
         except LinkError as error:
             end.mailbox.close(error)
             await _refuse(context, error)
         except asyncio.CancelledError:
             # Cancelled by ``GrpcReceiveEnd.end``, or by gRPC: the sender's process died or its connection broke.
             if not end.mailbox.closed:
-                end.mailbox.close(LinkClosed(f"{name_of(end.hop)}: stage {end.hop.sender} is gone"))
+                end.mailbox.close(LinkClosed(f"{end.hop}: stage {end.hop.sender} is gone"))
                 raise
-            await _refuse(context, LinkClosed(f"{name_of(end.hop)}: stage {end.hop.sender + 1} closed it"))
+            await _refuse(context, LinkClosed(f"{end.hop}: stage {end.hop.sender + 1} closed it"))
 
     async def _claim(self, hop: HopId) -> GrpcReceiveEnd:
         """The end that expects this hop, attached; waits for it a bounded time when nobody expects it yet."""
         end = self._match(hop)
         if end is None:
             if self._num_held >= self._max_held:
-                raise LinkUnavailable(
-                    f"{name_of(hop)} is not expected, and {self._max_held} other streams wait already"
-                )
+                raise LinkUnavailable(f"{hop} is not expected, and {self._max_held} other streams wait already")
             self._num_held += 1
             try:
                 async with asyncio.timeout(self._hold_seconds):
@@ -203,8 +195,7 @@ class HiddenStates:
                         await self._expectations_changed.wait()
             except TimeoutError:
                 raise LinkUnavailable(
-                    f"{name_of(hop)} was not expected within {self._hold_seconds:g} s: "
-                    "the next stage was not told to link"
+                    f"{hop} was not expected within {self._hold_seconds:g} s: the next stage was not told to link"
                 ) from None
             finally:
                 self._num_held -= 1
@@ -217,13 +208,13 @@ class HiddenStates:
         """The end for this hop, or None when it is not expected yet. Raises ``Fenced`` and ``LinkMismatch``."""
         newest = max((e.hop.epoch for e in self._ends.values() if e.hop.pipeline == hop.pipeline), default=None)
         if newest is not None and hop.epoch < newest:
-            raise Fenced(f"{name_of(hop)}: epoch {newest} is in force")
+            raise Fenced(f"{hop}: epoch {newest} is in force")
         end = self._ends.get((hop.pipeline, hop.sender))
         if end is None or end.hop.epoch != hop.epoch:
             return None
         if end.hop.plan_hash != hop.plan_hash:
             raise LinkMismatch(
-                f"{name_of(hop)}: stage {hop.sender} follows plan {hop.plan_hash}, "
+                f"{hop}: stage {hop.sender} follows plan {hop.plan_hash}, "
                 f"stage {hop.sender + 1} plan {end.hop.plan_hash}"
             )
         return end
@@ -303,7 +294,7 @@ class GrpcSendEnd:
 
     @property
     def _name(self) -> str:
-        return f"{name_of(self.hop)} at {self._address}"
+        return f"{self.hop} at {self._address}"
 
 
 async def connect(address: str, hop: HopId, timeout_seconds: float) -> GrpcSendEnd:
@@ -320,18 +311,18 @@ async def connect(address: str, hop: HopId, timeout_seconds: float) -> GrpcSendE
         async with asyncio.timeout(timeout_seconds):
             answer = await call.read()
             if answer is grpc.aio.EOF:
-                raise await _why_over(call, f"{name_of(hop)} at {address}")
+                raise await _why_over(call, f"{hop} at {address}")
             confirmed = decode_hop(answer)
             if confirmed != hop:
-                raise LinkMismatch(f"{name_of(hop)}: {address} answers for {name_of(confirmed)}")
+                raise LinkMismatch(f"{hop}: {address} answers for {confirmed}")
     except TimeoutError:
         await _abandon(end)
         raise LinkUnavailable(
-            f"{name_of(hop)}: stage {hop.sender + 1} at {address} did not answer within {timeout_seconds:g} s; "
+            f"{hop}: stage {hop.sender + 1} at {address} did not answer within {timeout_seconds:g} s; "
             "look whether it is running and that its port can be reached"
         ) from None
     except grpc.aio.AioRpcError:
-        error = await _why_over(call, f"{name_of(hop)} at {address}")
+        error = await _why_over(call, f"{hop} at {address}")
         await _abandon(end)
         raise error from None
     except BaseException:

@@ -24,6 +24,9 @@ class HopId:
     plan_hash: str
     sender: int  # stage index; the receiver is sender + 1
 
+    def __str__(self) -> str:
+        return f"hop {self.sender}→{self.sender + 1} of {self.pipeline} in epoch {self.epoch}"
+
 
 @dataclass(frozen=True, slots=True)
 class StagePosition:
