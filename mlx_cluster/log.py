@@ -19,7 +19,10 @@ def configure(level: str = "info", log_format: LogFormat = "console", **context:
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            exception_formatter=structlog.dev.plain_traceback,  # the default prints local variables: token ids, keys
+        )
     )
     structlog.configure(
         processors=[

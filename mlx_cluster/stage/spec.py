@@ -25,13 +25,17 @@ class EmulationSpec:
 
     A decode step of ``b`` rows takes ``seconds_per_step + b * seconds_per_row``, a chunk of ``l`` tokens
     ``seconds_per_step + l * seconds_per_prompt_token``; ``burn_python_seconds`` of it hold the GIL, as building a real
-    graph does.
+    graph does. Hidden states are bfloat16 of width ``hidden_size``; the last stage's tokens lie in
+    ``first_token_id … first_token_id + num_token_ids - 1`` (printable characters of a byte-level vocabulary).
     """
 
     seconds_per_row: float = 0.0
     seconds_per_step: float = 0.0
     seconds_per_prompt_token: float = 0.0
     burn_python_seconds: float = 0.0
+    hidden_size: int = 3584
+    first_token_id: int = 32
+    num_token_ids: int = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,21 @@ class LinkCommand:
 
     def to_line(self) -> str:
         return json.dumps(asdict(self))
+
+    @classmethod
+    def from_line(cls, line: str) -> LinkCommand:
+        data: dict[str, Any] = json.loads(line)
+        if data.pop("type", None) != "link":
+            raise ValueError(f"not a link command: {line[:100]!r}")
+        return cls(
+            transport=data["transport"],
+            stage_addresses=tuple(data["stage_addresses"]),
+            mlx_addresses=tuple(data["mlx_addresses"]),
+            timeout_seconds=data["timeout_seconds"],
+        )
+
+
+TICK_LINE = json.dumps({"type": "tick"})
 
 
 @dataclass(frozen=True, slots=True)

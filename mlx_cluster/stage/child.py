@@ -1,0 +1,245 @@
+"""The life of a stage process: spec, load, link, run, end.
+
+Owns: the order of these steps, the JSON lines on stdin and stdout, the kernel timer and the exit code.
+Does not own: the loop (``worker``), the port (``service``), what the agent makes of the events (``process``).
+Invariant: every end but an orderly one is told to the agent by a ``failed`` event first, when Python still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mlx_cluster import lifeline, log
+from mlx_cluster.errors import ClusterError
+from mlx_cluster.microbatch import Runner
+from mlx_cluster.stage.device import DeviceThread
+from mlx_cluster.stage.emulation import EmulatedRunner
+from mlx_cluster.stage.service import StageService
+from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, TICK_LINE, LinkCommand, StageEvent, StageSpec
+from mlx_cluster.stage.worker import Worker
+from mlx_cluster.transport.choose import MLX_KINDS
+from mlx_cluster.transport.link import StagePosition
+from mlx_cluster.transport.open import Links, open_links
+
+EXIT_ORDERLY = 0
+EXIT_FAILED = 3  # a typed error, told in a ``failed`` event
+EXIT_CRASHED = 4  # an unexpected one
+_END_SECONDS = 4.0  # for the mlx thread to finish what it does
+_PROGRESS_SECONDS = 0.25
+
+logger = log.get("stage")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What the mlx thread made of the spec."""
+
+    runner: Runner
+    memory_bytes: int
+
+
+def main() -> int:
+    """Run this process as a stage until it ends; gives the exit code."""
+    events = EventPipe(_take_stdout())
+    lifeline.arm(AGENT_SILENCE_SECONDS)
+    # The mlx thread builds graphs in Python: with the default interval the event loop would wait 5 ms for the GIL.
+    sys.setswitchinterval(1e-4)
+    code = asyncio.run(StageChild(events).run())
+    sys.stderr.flush()
+    return code
+
+
+def _take_stdout() -> int:
+    """Keep stdout for events alone: whatever else prints goes to standard error. Gives the descriptor for events."""
+    descriptor = os.dup(1)
+    os.dup2(2, 1)
+    return descriptor
+
+
+class EventPipe:
+    """Writes events as lines; any thread may."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+
+    def emit(self, event: StageEvent) -> None:
+        rest = memoryview(event.to_line().encode() + b"\n")
+        with self._lock, contextlib.suppress(BrokenPipeError):  # the agent is gone: its lifeline ends us
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+
+
+class AgentVoice:
+    """What the agent says: ticks re-arm the timer in the reading thread, other lines are handed to the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lines: asyncio.Queue[str] = asyncio.Queue(16)
+        self._silence_seconds: float = AGENT_SILENCE_SECONDS
+        lifeline.watch_parent(self._lost, on_line=self._line)
+
+    async def next_line(self) -> str:
+        """The next line that is not a tick."""
+        return await self._lines.get()
+
+    @contextlib.contextmanager
+    def silence_allowed(self, seconds: float) -> Iterator[None]:
+        """For calls that hold the GIL, when no tick can be heard: the timer allows ``seconds`` more."""
+        self._silence_seconds = AGENT_SILENCE_SECONDS + seconds
+        lifeline.arm(self._silence_seconds)
+        try:
+            yield
+        finally:
+            self._silence_seconds = AGENT_SILENCE_SECONDS
+            lifeline.arm(self._silence_seconds)
+
+    def _line(self, line: str) -> None:
+        if line == TICK_LINE:
+            lifeline.arm(self._silence_seconds)
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+            self._loop.call_soon_threadsafe(self._lines.put_nowait, line)
+
+    def _lost(self) -> None:
+        # An orderly end (a hard kill can leak wired memory on a Mac), with the timer behind it in case it gets stuck.
+        lifeline.arm(_END_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class StageChild:
+    def __init__(self, events: EventPipe) -> None:
+        self._events = events
+
+    async def run(self) -> int:
+        """From the spec to the end."""
+        life = asyncio.current_task()
+        assert life is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, life.cancel)
+        try:
+            async with contextlib.AsyncExitStack() as cleanup:
+                await self._live(AgentVoice(), cleanup)
+        except asyncio.CancelledError:
+            logger.info("stage ends: SIGTERM")
+            return EXIT_ORDERLY
+        except ClusterError as error:
+            logger.error("stage ends", code=error.code, error=str(error))
+            self._events.emit(StageEvent("failed", code=error.code, message=str(error)))
+            return EXIT_FAILED
+        except Exception as error:
+            # The root of the process.
+            logger.exception("stage crashed")
+            self._events.emit(StageEvent("failed", code=ClusterError.code, message=f"{type(error).__name__}: {error}"))
+            return EXIT_CRASHED
+        return EXIT_ORDERLY
+
+    async def _live(self, agent: AgentVoice, cleanup: contextlib.AsyncExitStack) -> None:
+        spec = StageSpec.from_line(await agent.next_line())
+        log.configure(spec.log_level, pipeline=spec.plan.pipeline, stage=spec.index, epoch=str(spec.epoch))
+        device = DeviceThread()
+        cleanup.push_async_callback(_close_device, device)
+        service = StageService(spec)
+        cleanup.push_async_callback(service.close)
+        address = await service.start()
+        loaded = await device.call(lambda: load(spec, self._progress()))
+        self._events.emit(StageEvent("loaded", address=address, memory_bytes=loaded.memory_bytes))
+        command = LinkCommand.from_line(await agent.next_line())
+        links = await self._link(spec, command, device, service, agent)
+        cleanup.push_async_callback(links.close)
+        worker = Worker(
+            spec.index,
+            loaded.runner,
+            device,
+            receive=links.receive,
+            send=links.send,
+            link_timeout_seconds=spec.link_timeout_seconds,
+            on_report=service.report,
+        )
+        service.begin(worker)
+        self._events.emit(StageEvent("linked", address=address))
+        await _serve(worker, service)
+
+    async def _link(
+        self, spec: StageSpec, command: LinkCommand, device: DeviceThread, service: StageService, agent: AgentVoice
+    ) -> Links:
+        position = StagePosition(spec.plan.pipeline, spec.epoch, spec.plan.hash(), spec.index, spec.plan.num_stages)
+        blocking = command.timeout_seconds if command.transport in MLX_KINDS else 0.0
+        with agent.silence_allowed(blocking):
+            return await open_links(
+                command.transport,
+                position,
+                hidden=service.hidden,
+                stage_addresses=command.stage_addresses,
+                timeout_seconds=command.timeout_seconds,
+                mlx_addresses=command.mlx_addresses,
+                run_on_owner=device.call if spec.emulation is None else None,
+            )
+
+    def _progress(self) -> Progress:
+        """Emits ``loading`` events, a few in a second at most."""
+        last = 0.0
+
+        def on_progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _PROGRESS_SECONDS or done_bytes == total_bytes:
+                last = now
+                self._events.emit(StageEvent("loading", done_bytes=done_bytes, total_bytes=total_bytes))
+
+        return on_progress
+
+
+async def _serve(worker: Worker, service: StageService) -> None:
+    """Work until the epoch is over; always raises why."""
+    work = asyncio.create_task(worker.run(), name="worker")
+    engine = asyncio.create_task(service.ended(), name="engine stream")
+    try:
+        await asyncio.wait((work, engine), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise engine.result()
+        await work
+    except ClusterError as error:
+        await service.fail(error)
+        raise
+    finally:
+        for task in (work, engine):
+            task.cancel()
+        await asyncio.gather(work, engine, return_exceptions=True)
+
+
+async def _close_device(device: DeviceThread) -> None:
+    if not await device.close(_END_SECONDS):
+        # Stuck in native code: the interpreter's own shutdown could hang or crash beside it.
+        logger.warning("the mlx thread is stuck: the process ends without it")
+        os._exit(EXIT_CRASHED)
+
+
+def load(spec: StageSpec, on_progress: Progress) -> Slice:
+    """Make the runner; on the mlx thread. Raises ``CheckpointError``, ``UnsupportedModel``, ``StageStartError``."""
+    assignment = spec.plan.stages[spec.index]
+    last = spec.index == spec.plan.num_stages - 1
+    if spec.emulation is not None:
+        return Slice(EmulatedRunner(spec.emulation, last=last), memory_bytes=0)
+    from mlx_cluster.model.runner import SliceRunner  # only here: an emulated stage must not need mlx
+
+    runner = SliceRunner.load(
+        spec.model_dir,
+        assignment.start,
+        assignment.end,
+        device=spec.device,
+        dequantize=spec.dequantize,
+        memory_budget_bytes=spec.memory_budget_bytes,
+        on_progress=on_progress,
+    )
+    runner.warm_up()
+    return Slice(runner, runner.memory_bytes)

@@ -1,0 +1,106 @@
+"""A runner that sleeps instead of computing: stands in for an accelerator-bound machine.
+
+Owns: the virtual device's clock, frames of the right size and the scripted tokens of the last stage.
+Does not own: the loop around it, which is the real one. mlx is never imported here.
+Invariant: the virtual device does one microbatch at a time, in order; its time passes while Python does other things.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_cluster.microbatch import Frame, Kind, Microbatch, Outcome, RowSpec, Sampled, TensorSpec
+from mlx_cluster.stage.spec import EmulationSpec
+
+
+def step_seconds(spec: EmulationSpec, header: Microbatch) -> float:
+    """How long the virtual device computes this microbatch."""
+    rows, positions = header.batch_shape
+    match header.kind:
+        case Kind.CONTROL:
+            return 0.0
+        case Kind.PREFILL:
+            return spec.seconds_per_step + rows * positions * spec.seconds_per_prompt_token
+        case Kind.DECODE:
+            return spec.seconds_per_step + rows * spec.seconds_per_row
+
+
+def scripted_token(spec: EmulationSpec, seed: int, choice: int, index: int) -> int:
+    """The token an emulated last stage "draws": keyed as a real draw, so a resumed request gets the same ones."""
+    return spec.first_token_id + (seed * 31 + choice * 17 + index * 7) % spec.num_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Dispatched:
+    """See ``microbatch.Pending``."""
+
+    outcome: Outcome
+    done_at: float
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+
+    def wait(self) -> Outcome:
+        if (rest := self.done_at - self.clock()) > 0:
+            self.sleep(rest)
+        return self.outcome
+
+
+class EmulatedRunner:
+    """See ``microbatch.Runner``."""
+
+    def __init__(
+        self,
+        spec: EmulationSpec,
+        *,
+        last: bool,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._spec, self._last = spec, last
+        self._clock, self._sleep = clock, sleep
+        self._device_free_at = 0.0
+        self._rows: dict[int, RowSpec] = {}
+        self._drawn: dict[int, int] = {}
+        self._payload = bytes(0)
+
+    def submit(self, header: Microbatch, frame: Frame | None) -> _Dispatched:
+        """Queue on the virtual device and return at once; only ``burn_python_seconds`` of it hold the caller."""
+        for row in header.release:
+            self._rows.pop(row, None)
+            self._drawn.pop(row, None)
+        for spec in header.admit:
+            self._rows[spec.row] = spec
+        seconds = step_seconds(self._spec, header)
+        burnt = min(seconds, self._spec.burn_python_seconds)
+        self._burn(burnt)
+        self._device_free_at = max(self._clock(), self._device_free_at) + seconds - burnt
+        return _Dispatched(self._outcome(header), self._device_free_at, self._clock, self._sleep)
+
+    def _burn(self, seconds: float) -> None:
+        end = self._clock() + seconds
+        while self._clock() < end:
+            pass
+
+    def _outcome(self, header: Microbatch) -> Outcome:
+        if header.kind is Kind.CONTROL:
+            return Outcome()
+        if not self._last:
+            return Outcome(frame=self._frame(header))
+        return Outcome(sampled=tuple(self._draw(row) for row in header.rows) if header.sample else ())
+
+    def _draw(self, row: int) -> Sampled:
+        spec = self._rows[row]
+        drawn = self._drawn.get(row, 0)
+        self._drawn[row] = drawn + 1
+        token = scripted_token(self._spec, spec.sampling.seed, spec.choice, spec.first_index + drawn)
+        return Sampled(row, token, logprob=None if spec.sampling.top_logprobs is None else 0.0)
+
+    def _frame(self, header: Microbatch) -> Frame:
+        rows, positions = header.batch_shape
+        tensor = TensorSpec("bfloat16", (rows, positions, self._spec.hidden_size))
+        num_bytes = 2 * rows * positions * self._spec.hidden_size
+        if len(self._payload) < num_bytes:
+            self._payload = bytes(num_bytes)
+        return Frame(header.id, (tensor,), memoryview(self._payload)[:num_bytes])

@@ -1,0 +1,91 @@
+"""The emulated device: time passes as on one device, in order, while Python does other things."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mlx_cluster.microbatch import Kind, Microbatch, RowSpec, TensorSpec
+from mlx_cluster.request import Sampling
+from mlx_cluster.stage.emulation import EmulatedRunner, scripted_token, step_seconds
+from mlx_cluster.stage.spec import EmulationSpec
+
+SPEC = EmulationSpec(seconds_per_row=0.5, seconds_per_step=2.0, seconds_per_prompt_token=0.25)
+PREFILL = Microbatch(
+    0, Kind.PREFILL, rows=(1,), tokens=tuple(range(8)), admit=(RowSpec(1, Sampling(seed=3), choice=0),)
+)
+DECODE = Microbatch(1, Kind.DECODE, rows=(1, 2), tokens=(5, 6))
+CONTROL = Microbatch(2, Kind.CONTROL, release=(1,))
+
+
+class VirtualTime:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def runner(spec: EmulationSpec = SPEC, *, last: bool = False) -> tuple[EmulatedRunner, VirtualTime]:
+    time = VirtualTime()
+    return EmulatedRunner(spec, last=last, clock=time.clock, sleep=time.sleep), time
+
+
+@pytest.mark.parametrize(("header", "seconds"), [(PREFILL, 4.0), (DECODE, 3.0), (CONTROL, 0.0)])
+def test_the_cost_of_a_microbatch(header: Microbatch, seconds: float) -> None:
+    assert step_seconds(SPEC, header) == seconds
+
+
+def test_dispatch_returns_at_once_and_the_device_does_one_thing_after_the_other() -> None:
+    emulated, time = runner()
+    first, second = emulated.submit(PREFILL, None), emulated.submit(DECODE, None)
+    assert time.now == 100.0
+    first.wait()
+    assert time.now == 104.0
+    second.wait()
+    assert time.now == 107.0
+    time.now = 200.0  # the device was idle
+    third = emulated.submit(replace(DECODE, id=3), None)
+    third.wait()
+    assert time.now == 203.0
+
+
+def test_frames_have_the_size_of_real_ones() -> None:
+    emulated, _ = runner()
+    prefill = emulated.submit(PREFILL, None).wait().frame
+    step = emulated.submit(DECODE, None).wait().frame
+    assert prefill is not None
+    assert step is not None
+    assert (prefill.microbatch_id, prefill.tensors) == (0, (TensorSpec("bfloat16", (1, 8, 3584)),))
+    assert (step.microbatch_id, step.tensors) == (1, (TensorSpec("bfloat16", (2, 1, 3584)),))
+    assert (memoryview(prefill.payload).nbytes, memoryview(step.payload).nbytes) == (8 * 7168, 2 * 7168)
+    assert emulated.submit(CONTROL, None).wait().frame is None
+
+
+def test_tokens_are_keyed_so_that_a_resumed_row_continues() -> None:
+    emulated, _ = runner(last=True)
+    assert emulated.submit(PREFILL, None).wait().sampled == ()
+    tokens = []
+    for i in range(5):
+        (drawn,) = emulated.submit(Microbatch(i, Kind.DECODE, rows=(1,), tokens=(0,), sample=True), None).wait().sampled
+        tokens.append(drawn.token_id)
+    assert tokens == [scripted_token(SPEC, 3, 0, i) for i in range(5)]
+    assert len(set(tokens)) == 5
+    resumed = RowSpec(9, Sampling(seed=3), choice=0, first_index=3)
+    header = Microbatch(6, Kind.PREFILL, rows=(9,), tokens=(0,), sample=True, admit=(resumed,), release=(1,))
+    assert emulated.submit(header, None).wait().sampled[0].token_id == tokens[3]
+
+
+def test_burnt_python_time_is_part_of_the_step() -> None:
+    ticks = iter(range(10_000))
+    spec = EmulationSpec(seconds_per_step=100.0, burn_python_seconds=10.0)
+    slept: list[float] = []
+    emulated = EmulatedRunner(spec, last=False, clock=lambda: float(next(ticks)), sleep=slept.append)
+    pending = emulated.submit(DECODE, None)
+    assert next(ticks) > 10
+    pending.wait()
+    assert 80 <= slept[0] <= 90
