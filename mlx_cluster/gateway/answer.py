@@ -1,0 +1,184 @@
+"""One generation exchange: from an ``Ask`` to the last byte of its answer.
+
+Owns: the order prepare → admission → status → text → usage → end, the concurrency limit, errors after the status.
+Does not own: sessions and dialects.
+Invariant: the status is sent after admission; what fails later is one error event and ``[DONE]``, never silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from mlx_cluster import log
+from mlx_cluster.config.schema import ApiGatewaySection
+from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded
+from mlx_cluster.gateway.ask import Ask
+from mlx_cluster.gateway.catalogue import Catalogue
+from mlx_cluster.gateway.choice import Piece
+from mlx_cluster.gateway.client import ClientGone, Receive, Send, unless_gone
+from mlx_cluster.gateway.errors import error_bytes, is_internal
+from mlx_cluster.gateway.openai import Answered, Dialect, Head
+from mlx_cluster.gateway.prepare import Prepared, prepare
+from mlx_cluster.gateway.session import ChoiceEnd, Delta, Limits, Session
+from mlx_cluster.gateway.sse import DONE, KEEP_ALIVE, EventWriter
+from mlx_cluster.metrics import GatewayMetrics
+from mlx_cluster.tokenizer import Tokenizer
+
+_log = log.get("gateway")
+
+MakeDialect = Callable[[Head, Tokenizer], Dialect]
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What all exchanges of one gateway share."""
+
+    catalogue: Catalogue
+    settings: ApiGatewaySection
+    metrics: GatewayMetrics
+    in_flight: int = field(default=0)
+
+    @contextmanager
+    def place(self) -> Generator[None]:
+        """One of the places of ``max_concurrent_requests``. Raises ``Overloaded`` when all are taken."""
+        limit = self.settings.max_concurrent_requests
+        if self.in_flight >= limit:
+            raise Overloaded(
+                f"this gateway already serves {limit} requests (api_gateway.max_concurrent_requests): "
+                "try again, or ask another node",
+                retry_after_seconds=1.0,
+            )
+        self.in_flight += 1
+        self.metrics.in_flight.set(self.in_flight)
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self.metrics.in_flight.set(self.in_flight)
+
+    @property
+    def limits(self) -> Limits:
+        settings = self.settings
+        return Limits(settings.timeout, settings.idle_timeout, settings.keepalive_seconds)
+
+
+class GenerationResponse(Response):
+    """Runs one exchange as the response itself, so that a client that leaves cancels all of it.
+
+    Errors before the status are raised, for the application to answer.
+    """
+
+    def __init__(self, gateway: Gateway, ask: Ask, make_dialect: MakeDialect, answer_id: str, request_id: str) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._ask = ask
+        self._make_dialect = make_dialect
+        self._answer_id = answer_id
+        self._request_id = request_id
+
+    async def __call__(self, _scope: Any, receive: Receive, send: Send) -> None:
+        with self._gateway.place():
+            await unless_gone(receive, self._exchange(send))
+
+    async def _exchange(self, send: Send) -> None:
+        started_at = asyncio.get_running_loop().time()
+        prepared = await self._prepare()
+        session = Session(prepared, self._gateway.limits, self._gateway.metrics, started_at)
+        try:
+            async with session:
+                await session.admitted()
+                dialect = self._make_dialect(self._head(prepared), prepared.tokenizer)
+                if self._ask.stream:
+                    await self._stream(session, dialect, send)
+                else:
+                    await self._whole(session, dialect, send)
+        finally:
+            _log.info(
+                "generation",
+                request=self._request_id,
+                answer=self._answer_id,
+                model=prepared.model.id,
+                prompt_tokens=session.usage.prompt_tokens,
+                completion_tokens=session.usage.completion_tokens,
+                first_token_seconds=session.first_token_seconds,
+                seconds=asyncio.get_running_loop().time() - started_at,
+            )
+
+    async def _prepare(self) -> Prepared:
+        seconds = self._gateway.settings.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await prepare(self._ask, self._answer_id, self._gateway.catalogue)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the prompt was not tokenized within {seconds:g} s (api_gateway.timeout): shorten it, or try later"
+            ) from None
+
+    def _head(self, prepared: Prepared) -> Head:
+        ask = self._ask
+        return Head(
+            id=self._answer_id,
+            created=int(time.time()),
+            model=prepared.model.id,
+            include_usage=ask.include_usage,
+            continuous_usage=ask.continuous_usage,
+            with_logprobs=ask.sampling.top_logprobs is not None,
+            prompt_tokens=prepared.prompt_tokens,
+        )
+
+    async def _whole(self, session: Session, dialect: Dialect, send: Send) -> None:
+        pieces: list[list[Piece]] = [[] for _ in range(self._ask.num_choices)]
+        reasons = [""] * self._ask.num_choices
+        async for batch in session.batches():
+            for event in batch:
+                if isinstance(event, Delta):
+                    pieces[event.choice].append(event.piece)
+                elif isinstance(event, ChoiceEnd):
+                    reasons[event.choice] = event.reason
+        choices = [Answered(index, pieces[index], reason) for index, reason in enumerate(reasons)]
+        body = json.dumps(dialect.whole(choices, session.usage), ensure_ascii=False).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _stream(self, session: Session, dialect: Dialect, send: Send) -> None:
+        writer = EventWriter(send, self._gateway.settings.idle_timeout)
+        await writer.start()
+        try:
+            if opening := dialect.start(self._ask.num_choices):
+                await writer.write(opening)
+            async for batch in session.batches():
+                await writer.write(b"".join([_event(event, dialect) for event in batch]))
+            closing = dialect.usage(session.usage) if self._ask.include_usage else b""
+        except ClientGone:
+            raise
+        except Exception as error:  # noqa: BLE001 - the root of a stream: logged, and told to the client
+            closing = self._failure(error)
+        await writer.write(closing + DONE)
+        await writer.end()
+
+    def _failure(self, error: Exception) -> bytes:
+        """The error event of a stream whose status is already sent."""
+        code = getattr(error, "code", ClusterError.code)
+        self._gateway.metrics.stream_errors.labels(code).inc()
+        if is_internal(error):
+            _log.error("stream failed", request=self._request_id, exc_info=error)
+        else:
+            _log.warning("stream failed", request=self._request_id, code=code, error=str(error))
+        return b"data: " + error_bytes(error, self._request_id) + b"\n\n"
+
+
+def _event(event: Any, dialect: Dialect) -> bytes:
+    if isinstance(event, Delta):
+        return dialect.delta(event)
+    if isinstance(event, ChoiceEnd):
+        return dialect.choice_end(event)
+    return KEEP_ALIVE

@@ -1,0 +1,45 @@
+"""What a client asks, once validated: the same frozen value for every dialect.
+
+Owns: the border between the dialects (schemas in, rendering out) and the session, which knows no dialect.
+Invariant: an ``Ask`` that exists is within its bounds, except for what only the model's tokenizer and context can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_cluster.request import Sampling
+
+MAX_CHOICES = 16
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 256  # characters; matching costs its square in the worst case
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One client request. Exactly one of ``messages``, ``text`` and ``token_ids`` is the prompt.
+
+    ``sampling.seed`` is not resolved yet where ``seed_given`` is False. ``max_tokens`` None means what is left of the
+    context, up to the session's bound. ``prompt_field`` and ``max_tokens_field`` are the client's own names for them.
+    """
+
+    model: str
+    sampling: Sampling
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    seed_given: bool = False
+    max_tokens: int | None = None
+    num_choices: int = 1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    prompt_field: str = "messages"
+    max_tokens_field: str = "max_tokens"
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    template_values: Mapping[str, Any] = field(default_factory=dict)

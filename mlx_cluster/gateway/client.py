@@ -1,0 +1,92 @@
+"""The client's side of one HTTP exchange: its body, and whether it is still there.
+
+Owns: reading a body within its limits, and cancelling work when the client leaves.
+Does not own: what the body means (``schemas``).
+Invariant: a client that leaves cancels its work, streaming or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from mlx_cluster.errors import InvalidRequest
+from mlx_cluster.gateway.errors import BodyTimeout, PayloadTooLarge, UnsupportedMediaType
+
+T = TypeVar("T")
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The client closed its connection, or stopped reading; there is nobody to answer."""
+
+
+async def read_json_body(request: Request, *, max_bytes: int, timeout_seconds: float) -> bytes:
+    """The raw body of a JSON request.
+
+    Raises ``UnsupportedMediaType``, ``PayloadTooLarge``, ``BodyTimeout``, ``InvalidRequest`` or ``ClientGone``.
+    """
+    # Browsers send JSON across origins only after asking first, but plain forms without: insisting on the type keeps
+    # other people's pages from using a gateway on loopback.
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType(
+            f"content-type is {content_type[:64]!r}: send the body as JSON with Content-Type: application/json"
+        )
+    declared = request.headers.get("content-length", "0")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return await _collect(request, max_bytes)
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not arrive within {timeout_seconds:g} s: send it again") from None
+    except ClientDisconnect:
+        raise ClientGone from None
+
+
+async def _collect(request: Request, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    total = 0
+    async for part in request.stream():
+        total += len(part)
+        if total > max_bytes:
+            raise _too_large(max_bytes)
+        parts.append(part)
+    if not total:
+        raise InvalidRequest("the body is empty: send a JSON object", code="invalid_json")
+    return b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"the body is longer than {max_bytes} bytes: send less, or raise api_gateway.max_body_bytes on the server"
+    )
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``; cancels it and raises ``ClientGone`` when the client leaves first.
+
+    Starlette does this for streams only. The request's body must have been read before.
+    """
+    task = asyncio.create_task(work)
+    leaving = asyncio.create_task(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        leaving.cancel()
+        task.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

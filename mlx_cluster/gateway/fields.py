@@ -1,0 +1,122 @@
+"""The field table: what happens to every field of every dialect.
+
+Owns: which fields are honoured, advisory or refused by name, and why.
+Does not own: types and bounds of honoured fields (``schemas``).
+Invariant: a field that is accepted either has its effect or, by its own contract, none on the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_cluster.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``neutral`` are the values of a refused field that ask for nothing beyond what happens anyway."""
+
+    kind: Literal["honoured", "advisory", "refused"]
+    why: str = ""
+    neutral: tuple[Any, ...] = ()
+
+
+HONOURED = Rule("honoured")
+ADVISORY = Rule("advisory")
+
+
+def _refused(why: str, *neutral: Any) -> Rule:
+    return Rule("refused", why, neutral)
+
+
+_TEXT_ONLY = "this server produces and reads text only"
+_NO_TOOLS = "tools are not supported yet; leave the field out"
+
+_SAMPLING: Mapping[str, Rule] = dict.fromkeys(
+    (
+        "model",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_tokens",
+        "stop",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "n",
+        "logprobs",
+        "ignore_eos",
+        "logit_bias",
+    ),
+    HONOURED,
+)
+
+_NO_EFFECT_ON_OUTPUT: Mapping[str, Rule] = dict.fromkeys(
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "prediction",  # may make an answer faster, never another one
+    ),
+    ADVISORY,
+)
+
+CHAT: Mapping[str, Rule] = {
+    **_SAMPLING,
+    **_NO_EFFECT_ON_OUTPUT,
+    "messages": HONOURED,
+    "max_completion_tokens": HONOURED,
+    "top_logprobs": HONOURED,
+    "parallel_tool_calls": ADVISORY,  # says how many tools at once, and there are none
+    "tools": _refused(_NO_TOOLS, []),
+    "tool_choice": _refused(_NO_TOOLS, "none", "auto"),
+    "functions": _refused(_NO_TOOLS, []),
+    "function_call": _refused(_NO_TOOLS, "none", "auto"),
+    "response_format": _refused("structured output is not supported yet; use {'type': 'text'}", {"type": "text"}),
+    "modalities": _refused(_TEXT_ONLY, ["text"], []),
+    "audio": _refused(_TEXT_ONLY),
+    "reasoning_effort": _refused("the effort of reasoning cannot be set yet; leave the field out"),
+    "verbosity": _refused("verbosity cannot be set; say in the prompt how long the answer should be", "medium"),
+    "web_search_options": _refused("this server does not search the web; leave the field out"),
+    "moderation": _refused("this server does not moderate; leave the field out"),
+}
+
+COMPLETION: Mapping[str, Rule] = {
+    **_SAMPLING,
+    **dict.fromkeys(("user", "metadata", "store", "service_tier"), ADVISORY),
+    "prompt": HONOURED,
+    "best_of": _refused("only all n choices can be returned; set best_of equal to n or leave it out"),
+    "echo": _refused("the prompt is not echoed; leave the field out", False),
+    "suffix": _refused("filling in the middle is not supported; leave the field out", ""),
+}
+
+
+def honoured(values: Mapping[str, Any], table: Mapping[str, Rule]) -> dict[str, Any]:
+    """The honoured fields that are present (null means absent); raises ``InvalidRequest`` for any other with effect."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        rule = table.get(name)
+        if rule is None:
+            raise InvalidRequest(
+                f"unknown field {name[:64]!r}: this server does not know it, so it would have no effect; leave it out",
+                param=name[:64],
+                code="unknown_parameter",
+            )
+        if value is None or rule.kind == "advisory":
+            continue
+        if rule.kind == "honoured":
+            kept[name] = value
+        elif not any(value == neutral and type(value) is type(neutral) for neutral in rule.neutral):
+            raise InvalidRequest(f"{name}: {rule.why}", param=name, code="unsupported_parameter")
+    return kept

@@ -1,0 +1,92 @@
+"""What surrounds every exchange: its request id, its last line of defence, its count.
+
+Owns: ``x-request-id``, the answer to any error that was not answered yet, request metrics.
+Does not own: routes.
+Invariant: every error before the status becomes an OpenAI error object; an unforeseen one is logged with its traceback.
+
+Room: the Host and Origin check for loopback, authentication and rate limits belong here, before the application.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from mlx_cluster import log
+from mlx_cluster.errors import ClusterError
+from mlx_cluster.gateway.client import ClientGone, Message, Receive, Send
+from mlx_cluster.gateway.errors import error_bytes, error_headers, form_of, is_internal
+from mlx_cluster.metrics import GatewayMetrics
+
+_log = log.get("gateway")
+
+_ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+CLIENT_GONE_STATUS = 499  # never sent, only counted
+
+
+class Exchange:
+    """Pure ASGI: a middleware that copies bodies would cost more than the gateway's own work per token."""
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request_id = _request_id(scope["headers"])
+        scope.setdefault("state", {})["request_id"] = request_id
+        id_header = (b"x-request-id", request_id.encode())
+        status = 0
+        started_at = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), id_header]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            status = CLIENT_GONE_STATUS
+        except Exception as error:
+            # The root of an exchange: the client gets its answer, the log the traceback.
+            if is_internal(error):
+                _log.error("request failed", request=request_id, path=scope["path"], exc_info=error)
+            if status:
+                raise  # the answer was under way: the server closes the connection
+            await _send_error(error, request_id, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status or 500)).inc()
+            self._metrics.request_seconds.labels(route).observe(time.monotonic() - started_at)
+
+
+async def _send_error(error: Exception, request_id: str, send: Send) -> None:
+    status = form_of(error).status
+    code = getattr(error, "code", ClusterError.code)
+    _log.info("refused", request=request_id, status=status, code=code)
+    body = error_bytes(error, request_id)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """The client's own id when it is harmless in logs and headers, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _ACCEPTABLE_ID.fullmatch(value):
+            return value.decode()
+    return f"req_{secrets.token_hex(12)}"

@@ -1,0 +1,238 @@
+"""How the two OpenAI routes print an answer: whole, or as chunks of a stream.
+
+Owns: the objects ``chat.completion[.chunk]`` and ``text_completion``, log probabilities and usage in their form.
+Does not own: when they are sent (``answer``), errors (``errors``).
+Invariant: one event per piece; what is the same in all chunks of a stream is encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mlx_cluster.gateway.choice import Piece
+from mlx_cluster.gateway.session import ChoiceEnd, Delta, Usage
+from mlx_cluster.request import Token
+from mlx_cluster.tokenizer import Tokenizer
+
+# JSON knows no infinity; OpenAI prints this for a token that cannot be drawn.
+LOWEST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One finished choice of an answer that is not streamed."""
+
+    index: int
+    pieces: Sequence[Piece]
+    reason: str
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every object of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+    include_usage: bool = False
+    continuous_usage: bool = False
+    with_logprobs: bool = False
+    prompt_tokens: int = 0
+
+
+class Dialect(Protocol):
+    """Prints one answer. Chunks are complete SSE events."""
+
+    def start(self, num_choices: int) -> bytes: ...
+    def delta(self, event: Delta) -> bytes: ...
+    def choice_end(self, event: ChoiceEnd) -> bytes: ...
+    def usage(self, usage: Usage) -> bytes: ...
+    def whole(self, choices: Sequence[Answered], usage: Usage) -> dict[str, Any]: ...
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+class _Chunks:
+    """A stream's chunks: a head and a tail around ``choices``."""
+
+    def __init__(self, head: Head, object_name: str) -> None:
+        self._head = head
+        fields = {"id": head.id, "object": object_name, "created": head.created, "model": head.model}
+        self._before = f"data: {json.dumps(fields)[:-1]}, "
+        self._no_usage = ', "usage": null' if head.include_usage else ""
+
+    def chunk(self, choices: str, completion_tokens: int) -> bytes:
+        usage = self._no_usage
+        if self._head.continuous_usage:
+            prompt = self._head.prompt_tokens
+            usage = (
+                f', "usage": {{"prompt_tokens": {prompt}, "completion_tokens": {completion_tokens}, '
+                f'"total_tokens": {prompt + completion_tokens}}}'
+            )
+        return f'{self._before}"choices": [{choices}]{usage}}}\n\n'.encode()
+
+    def usage(self, usage: Usage) -> bytes:
+        return f'{self._before}"choices": [], "usage": {json.dumps(usage_object(usage))}}}\n\n'.encode()
+
+
+class ChatDialect:
+    """POST /v1/chat/completions."""
+
+    def __init__(self, head: Head, tokenizer: Tokenizer) -> None:
+        self._head = head
+        self._tokenizer = tokenizer
+        self._chunks = _Chunks(head, "chat.completion.chunk")
+
+    def start(self, num_choices: int) -> bytes:
+        delta = '"delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null'
+        return b"".join(self._chunks.chunk(f'{{"index": {index}, {delta}}}', 0) for index in range(num_choices))
+
+    def delta(self, event: Delta) -> bytes:
+        logprobs = "null"
+        if self._head.with_logprobs:
+            logprobs = json.dumps({"content": self._entries([event.piece]), "refusal": None})
+        return self._chunks.chunk(
+            f'{{"index": {event.choice}, "delta": {{"content": {json.dumps(event.piece.text)}}}, '
+            f'"logprobs": {logprobs}, "finish_reason": null}}',
+            event.completion_tokens,
+        )
+
+    def choice_end(self, event: ChoiceEnd) -> bytes:
+        return self._chunks.chunk(
+            f'{{"index": {event.choice}, "delta": {{}}, "logprobs": null, "finish_reason": "{event.reason}"}}',
+            event.completion_tokens,
+        )
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._chunks.usage(usage)
+
+    def whole(self, choices: Sequence[Answered], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": self._head.id,
+            "object": "chat.completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "choices": [
+                {
+                    "index": choice.index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": {"content": self._entries(choice.pieces), "refusal": None}
+                    if self._head.with_logprobs
+                    else None,
+                    "finish_reason": choice.reason,
+                }
+                for choice in choices
+            ],
+            "usage": usage_object(usage),
+        }
+
+    def _entries(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        return [
+            {**self._entry(token.token_id, token.logprob), "top_logprobs": [self._entry(*top) for top in token.top]}
+            for token in _tokens(pieces)
+        ]
+
+    def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": self._tokenizer.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(self._tokenizer.token_bytes(token_id)),
+        }
+
+
+class CompletionDialect:
+    """POST /v1/completions. Log probabilities are four parallel lists, with offsets into the choice's text."""
+
+    def __init__(self, head: Head, tokenizer: Tokenizer) -> None:
+        self._head = head
+        self._tokenizer = tokenizer
+        self._chunks = _Chunks(head, "text_completion")
+        self._offsets: dict[int, int] = {}
+
+    def start(self, num_choices: int) -> bytes:
+        return b""
+
+    def delta(self, event: Delta) -> bytes:
+        logprobs = "null"
+        if self._head.with_logprobs:
+            offset = self._offsets.get(event.choice, 0)
+            self._offsets[event.choice] = offset + len(event.piece.text)
+            logprobs = json.dumps(self._logprobs([event.piece], offset))
+        return self._chunks.chunk(
+            f'{{"index": {event.choice}, "text": {json.dumps(event.piece.text)}, '
+            f'"logprobs": {logprobs}, "finish_reason": null}}',
+            event.completion_tokens,
+        )
+
+    def choice_end(self, event: ChoiceEnd) -> bytes:
+        return self._chunks.chunk(
+            f'{{"index": {event.choice}, "text": "", "logprobs": null, "finish_reason": "{event.reason}"}}',
+            event.completion_tokens,
+        )
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._chunks.usage(usage)
+
+    def whole(self, choices: Sequence[Answered], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": self._head.id,
+            "object": "text_completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "choices": [
+                {
+                    "index": choice.index,
+                    "text": choice.text,
+                    "logprobs": self._logprobs(choice.pieces, 0) if self._head.with_logprobs else None,
+                    "finish_reason": choice.reason,
+                }
+                for choice in choices
+            ],
+            "usage": usage_object(usage),
+        }
+
+    def _logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any]:
+        offsets: list[int] = []
+        for piece in pieces:
+            if piece.token is not None:
+                offsets.append(offset)
+            offset += len(piece.text)
+        tokens = _tokens(pieces)
+        return {
+            "tokens": [self._name(token.token_id) for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [
+                {self._name(token_id): _finite(logprob) for token_id, logprob in token.top} for token in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+    def _name(self, token_id: int) -> str:
+        """The token's text; for part of a character its bytes, as OpenAI writes them, since names are keys here."""
+        raw = self._tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _tokens(pieces: Sequence[Piece]) -> list[Token]:
+    return [piece.token for piece in pieces if piece.token is not None]
+
+
+def _finite(logprob: float | None) -> float:
+    return max(logprob, LOWEST_LOGPROB) if logprob is not None else LOWEST_LOGPROB

@@ -1,0 +1,313 @@
+"""The bodies of /v1/chat/completions and /v1/completions: types, bounds, and the way to an ``Ask``.
+
+Owns: pydantic models of the honoured fields and the wording of what is wrong with them.
+Does not own: which fields are honoured at all (``fields``), the prompt's length and its ids (``session``).
+Invariant: nothing is coerced; every complaint names the field, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+
+from mlx_cluster.errors import InvalidRequest
+from mlx_cluster.gateway import fields
+from mlx_cluster.gateway.ask import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS, Ask
+from mlx_cluster.request import Sampling
+
+SEED_MASK = (1 << 63) - 1
+# What OpenAI's /v1/completions does when max_tokens is left out; clients of that route count on it.
+COMPLETION_DEFAULT_MAX_TOKENS = 16
+
+
+def _strings(value: Any) -> Any:
+    """One stop string is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _parts(value: Any) -> Any:
+    """A plain string is a list of one text part."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if value is None or isinstance(value, list):
+        return value
+    raise PydanticCustomError("content", "should be a string or a list of text parts")
+
+
+def _only_empty(value: Any) -> Any:
+    if value is None or value == []:
+        return None
+    raise PydanticCustomError("unsupported", "is not supported yet: leave it out, or send it empty")
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Empty = Annotated[Any, AfterValidator(_only_empty)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One message of a conversation. What answers carry along empty (``refusal``, ``tool_calls``) may come back."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart] | None, BeforeValidator(_parts)] = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: Empty = None
+    audio: Empty = None
+    function_call: Empty = None
+    tool_calls: Empty = None
+    annotations: Empty = None
+
+    def for_template(self) -> dict[str, Any]:
+        # Chat templates know "system"; "developer" is OpenAI's later word for the same role.
+        values: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "".join(part.text for part in self.content or ()),
+        }
+        if self.name is not None:
+            values["name"] = self.name
+        reasoning = self.reasoning_content if self.reasoning_content is not None else self.reasoning
+        if reasoning is not None:
+            values["reasoning_content"] = reasoning
+        return values
+
+
+class SamplingBody(Body):
+    """What both routes have in common."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=1 << 20)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    stop: Annotated[list[StopString], BeforeValidator(_strings), Field(max_length=MAX_STOPS)] = []
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    ignore_eos: bool = False
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=MAX_LOGIT_BIAS),
+    ] = {}
+
+    def sampling(self, top_logprobs: int | None) -> Sampling:
+        top_p, top_k = self.top_p, max(self.top_k, 0)
+        if top_p == 0:
+            # "The tokens that make up the first 0 % of the mass": by the clients' understanding, the most likely one.
+            top_p, top_k = 1.0, 1
+        return Sampling(
+            temperature=self.temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=self.min_p,
+            # A seed keeps its lower 63 bits: the engine's are unsigned, OpenAI's signed.
+            seed=(self.seed or 0) & SEED_MASK,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=tuple(sorted((int(key), value) for key, value in self.logit_bias.items())),
+            top_logprobs=top_logprobs,
+        )
+
+    def common(self) -> dict[str, Any]:
+        """The part of an ``Ask`` that does not depend on the route."""
+        options = self.stream_options
+        if options is not None and not self.stream:
+            raise InvalidRequest(
+                "stream_options is only allowed with stream: true; set that or leave stream_options out",
+                param="stream_options",
+            )
+        continuous = options is not None and bool(options.continuous_usage_stats)
+        return {
+            "model": self.model,
+            "seed_given": self.seed is not None,
+            "num_choices": self.n,
+            "stop": tuple(self.stop),
+            "ignore_eos": self.ignore_eos,
+            "stream": self.stream,
+            "include_usage": continuous or (options is not None and bool(options.include_usage)),
+            "continuous_usage": continuous,
+        }
+
+
+class ChatBody(SamplingBody):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    def to_ask(self) -> Ask:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest(
+                f"top_logprobs is {self.top_logprobs}, but logprobs is not true: set logprobs: true as well",
+                param="top_logprobs",
+            )
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise InvalidRequest(
+                f"max_tokens is {old}, max_completion_tokens is {new}: they mean the same, send one of them",
+                param="max_tokens",
+            )
+        return Ask(
+            **self.common(),
+            sampling=self.sampling((self.top_logprobs or 0) if self.logprobs else None),
+            messages=tuple(message.for_template() for message in self.messages),
+            max_tokens=new if new is not None else old,
+            prompt_field="messages",
+            max_tokens_field="max_completion_tokens" if new is not None else "max_tokens",
+        )
+
+
+class CompletionBody(SamplingBody):
+    prompt: Any
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    def to_ask(self) -> Ask:
+        text, token_ids = _single_prompt(self.prompt)
+        return Ask(
+            **self.common(),
+            sampling=self.sampling(self.logprobs),
+            text=text,
+            token_ids=token_ids,
+            max_tokens=self.max_tokens if self.max_tokens is not None else COMPLETION_DEFAULT_MAX_TOKENS,
+            prompt_field="prompt",
+        )
+
+
+def _single_prompt(prompt: Any) -> tuple[str | None, tuple[int, ...] | None]:
+    """The one prompt of a completion: its text, or its token ids. A batch of one is unwrapped."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            raise InvalidRequest(
+                f"prompt is a batch of {len(prompt)}: send one request for each, they are served together",
+                param="prompt",
+                code="unsupported_value",
+            )
+        prompt = prompt[0]
+    if prompt in ("", []):
+        raise InvalidRequest("prompt is empty: send at least one token", param="prompt", code="invalid_value")
+    if isinstance(prompt, str):
+        return prompt, None
+    if isinstance(prompt, list) and all(type(value) is int and value >= 0 for value in prompt):
+        return None, tuple(prompt)
+    raise InvalidRequest(
+        f"prompt is {_shown(prompt)}: it should be a string or a list of token ids (integers from 0)",
+        param="prompt",
+        code="invalid_value",
+    )
+
+
+def parse_chat(raw: bytes) -> Ask:
+    """The body of POST /v1/chat/completions. Raises ``InvalidRequest``."""
+    return _validate(ChatBody, fields.honoured(_object(raw), fields.CHAT)).to_ask()
+
+
+def parse_completion(raw: bytes) -> Ask:
+    """The body of POST /v1/completions. Raises ``InvalidRequest``."""
+    values = _object(raw)
+    if values.get("best_of") is not None and values["best_of"] == (values.get("n") or 1):
+        values = {name: value for name, value in values.items() if name != "best_of"}
+    return _validate(CompletionBody, fields.honoured(values, fields.COMPLETION)).to_ask()
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(
+            f"the body is a JSON {_json_type(value)}, not an object: send {{...}}", code="invalid_json"
+        )
+    return value
+
+
+BodyT = TypeVar("BodyT", bound=SamplingBody)
+
+
+def _validate(kind: type[BodyT], values: Mapping[str, Any]) -> BodyT:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _complaint(error.errors(include_url=False)[0]) from None
+
+
+# pydantic's words where they would puzzle somebody who only knows the HTTP API. {…} are pydantic's own context.
+_WORDING = {
+    "too_short": "needs at least {min_length} entries",
+    "too_long": "may have at most {max_length} entries",
+    "string_too_short": "must not be empty",
+    "string_too_long": "may have at most {max_length} characters",
+    "string_pattern_mismatch": "should be a token id, an integer from 0",
+    "model_type": "should be an object",
+    "list_type": "should be a list",
+    "dict_type": "should be an object",
+    "string_type": "should be a string",
+    "int_type": "should be an integer",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be greater than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+}
+
+
+def _complaint(detail: ErrorDetails) -> InvalidRequest:
+    path = _path(detail["loc"])
+    if detail["type"] == "missing":
+        return InvalidRequest(f"{path} is required: add it", param=path, code="missing_required_parameter")
+    if detail["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field {path}: leave it out", param=path, code="unknown_parameter")
+    code = "unsupported_parameter" if detail["type"] == "unsupported" else "invalid_value"
+    wording = _WORDING.get(detail["type"])
+    reason = wording.format(**detail.get("ctx", {})) if wording else detail["msg"].removeprefix("Input ")
+    return InvalidRequest(f"{path} is {_shown(detail['input'])}: it {reason}", param=path, code=code)
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "content")`` → ``messages[0].content``."""
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc if step != "[key]")
+    return path.removeprefix(".")[:128]
+
+
+def _shown(value: Any) -> str:
+    """A value as the client wrote it, cut short."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a number of very many digits"
+    if isinstance(value, list | dict) and len(value) > 8:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)} entries"
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except ValueError:  # such a number is somewhere inside
+        return f"this {_json_type(value)}"
+    return text if len(text) <= 64 else f"{text[:60]}…"
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")

@@ -1,0 +1,237 @@
+"""A session: a gateway's record of one client request while an engine serves it.
+
+Owns: the engine's streams (one per choice), their deadlines, what has been emitted, when a choice ends, the usage.
+Does not own: HTTP and dialects (``answer``, ``openai``), validation (``prepare``).
+Invariant: leaving the session closes every engine stream, whatever ended it; after ``admitted`` each choice gives its
+text in order and then exactly one ``ChoiceEnd``, or the session raises a typed error.
+
+Room: a lost engine will be answered by opening the streams again with ``Choice.emitted``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from mlx_cluster import log
+from mlx_cluster.errors import ClusterError, DeadlineExceeded, Unavailable
+from mlx_cluster.gateway.choice import Choice, Piece
+from mlx_cluster.gateway.prepare import Prepared
+from mlx_cluster.metrics import GatewayMetrics
+from mlx_cluster.request import Admitted, Event, Finished, SequenceRequest, Token
+
+_log = log.get("gateway")
+
+# Events that may wait for a slow client; then the engine's stream is not read on.
+QUEUE_EVENTS = 256
+# How long closing the engine's streams may take before they are left to themselves.
+CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of text of one choice. ``completion_tokens`` is the count of all choices so far."""
+
+    choice: int
+    piece: Piece
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEnd:
+    choice: int
+    reason: Literal["stop", "length"]
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Nothing came for ``keepalive_seconds``: a stream should show that it is alive."""
+
+
+SessionEvent = Delta | ChoiceEnd | Waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    first_token_seconds: float
+    idle_seconds: float
+    keepalive_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Session:
+    """Use as an async context manager: ``await admitted()``, then iterate over ``batches()``.
+
+    ``started_at`` is when the request arrived, by the event loop's clock: the limit to the first token counts from it.
+    """
+
+    def __init__(self, prepared: Prepared, limits: Limits, metrics: GatewayMetrics, started_at: float) -> None:
+        self._prepared = prepared
+        self._limits = limits
+        self._metrics = metrics
+        self._started_at = started_at
+        self._deadline = started_at + limits.first_token_seconds
+        self._queue: asyncio.Queue[tuple[int, Event | ClusterError]] = asyncio.Queue(QUEUE_EVENTS)
+        self._backlog: list[tuple[int, Event | ClusterError]] = []
+        self._pumps: list[asyncio.Task[None]] = []
+        self._not_admitted = set(range(len(prepared.sequences)))
+        self._running = set(self._not_admitted)
+        self._choices = [
+            Choice(
+                prepared.tokenizer,
+                stop=prepared.ask.stop,
+                stop_token_ids=sequence.stop_token_ids,
+                every_token=sequence.sampling.top_logprobs is not None,
+            )
+            for sequence in prepared.sequences
+        ]
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self.first_token_seconds: float | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._prepared.prompt_tokens, self._completion_tokens, self._cached_tokens)
+
+    async def __aenter__(self) -> Session:
+        for sequence in self._prepared.sequences:
+            name = f"pump-{sequence.request_id}-{sequence.choice}"
+            self._pumps.append(asyncio.create_task(self._pump(sequence), name=name))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        _, late = await asyncio.wait(self._pumps, timeout=CLOSE_SECONDS)
+        if late:
+            _log.warning(
+                "engine streams do not close", request=self._prepared.sequences[0].request_id, streams=len(late)
+            )
+
+    async def admitted(self) -> None:
+        """Return once every choice is admitted. Raises what the engine raised, or ``DeadlineExceeded``."""
+        early: list[tuple[int, Event | ClusterError]] = []
+        while self._not_admitted:
+            for choice, item in await self._receive():
+                if isinstance(item, ClusterError):
+                    raise item
+                if isinstance(item, Admitted):
+                    self._not_admitted.discard(choice)
+                    # The prompt is the same for all choices: the first one's hit is what the request saved.
+                    self._cached_tokens = max(self._cached_tokens, item.cached_tokens)
+                else:
+                    early.append((choice, item))
+        self._backlog = early
+        self._metrics.prompt_tokens.labels(self._prepared.model.id).inc(self._prepared.prompt_tokens)
+        self._metrics.cached_tokens.labels(self._prepared.model.id).inc(self._cached_tokens)
+
+    async def batches(self) -> AsyncGenerator[list[SessionEvent]]:
+        """What happened, in order; events that are there at once come together. Raises typed errors."""
+        received = self._metrics.completion_tokens.labels(self._prepared.model.id)
+        while self._running:
+            items = self._backlog or await self._receive()
+            self._backlog = []
+            before = self._completion_tokens
+            batch: list[SessionEvent] = [] if items else [Waiting()]
+            failure: ClusterError | None = None
+            for choice, item in items:
+                try:
+                    self._advance(choice, item, batch)
+                except ClusterError as error:
+                    failure = error
+                    break
+            if self._completion_tokens > before:
+                received.inc(self._completion_tokens - before)
+            if batch:
+                yield batch
+            if failure is not None:
+                raise failure
+
+    def _advance(self, index: int, item: Event | ClusterError, batch: list[SessionEvent]) -> None:
+        if index not in self._running:
+            return  # what was still on its way when a stop string ended the choice
+        choice = self._choices[index]
+        match item:
+            case Token():
+                pieces = choice.push(item)
+                self._count_token()
+                batch += [Delta(index, piece, self._completion_tokens) for piece in pieces]
+                if choice.stopped:
+                    self._pumps[index].cancel()
+                    self._end(index, "stop", batch)
+            case Finished(reason="cancelled"):
+                raise Unavailable("the engine cancelled this sequence: send the request again")
+            case Finished():
+                batch += [Delta(index, piece, self._completion_tokens) for piece in choice.finish()]
+                self._end(index, "stop" if choice.stopped or item.reason == "stop" else "length", batch)
+            case ClusterError():
+                raise item
+
+    def _count_token(self) -> None:
+        self._completion_tokens += 1
+        if self.first_token_seconds is None:
+            self.first_token_seconds = asyncio.get_running_loop().time() - self._started_at
+            self._metrics.ttft_seconds.labels(self._prepared.model.id).observe(self.first_token_seconds)
+
+    def _end(self, index: int, reason: Literal["stop", "length"], batch: list[SessionEvent]) -> None:
+        self._running.discard(index)
+        batch.append(ChoiceEnd(index, reason, self._completion_tokens))
+
+    async def _receive(self) -> list[tuple[int, Event | ClusterError]]:
+        """Everything that is there, after waiting for the first; empty when it is time to show life."""
+        items: list[tuple[int, Event | ClusterError]] = []
+        if self._queue.empty():
+            now = asyncio.get_running_loop().time()
+            if now >= self._deadline:
+                raise self._too_late()
+            try:
+                async with asyncio.timeout_at(min(self._deadline, now + self._limits.keepalive_seconds)):
+                    items.append(await self._queue.get())
+            except TimeoutError:
+                return []
+        while not self._queue.empty():
+            items.append(self._queue.get_nowait())
+        if any(isinstance(item, Token) for _, item in items):
+            self._deadline = asyncio.get_running_loop().time() + self._limits.idle_seconds
+        return items
+
+    def _too_late(self) -> DeadlineExceeded:
+        if self._completion_tokens == 0:
+            return DeadlineExceeded(
+                f"no token within {self._limits.first_token_seconds:g} s (api_gateway.timeout): the cluster is busy or "
+                "the prompt is long; try later, or shorten the prompt"
+            )
+        return DeadlineExceeded(
+            f"no token for {self._limits.idle_seconds:g} s (api_gateway.idle_timeout): the answer was given up"
+        )
+
+    async def _pump(self, sequence: SequenceRequest) -> None:
+        """Carry one engine stream into the session's queue. Cancelling this closes the stream."""
+        stream = self._prepared.engine.generate(sequence)
+        put = self._queue.put
+        try:
+            finished = False
+            async for event in stream:
+                await put((sequence.choice, event))
+                finished = isinstance(event, Finished)
+            if not finished:
+                await put((sequence.choice, Unavailable("the engine's stream ended early: send the request again")))
+        except ClusterError as error:
+            await put((sequence.choice, error))
+        except Exception as error:  # noqa: BLE001 - this task's root
+            _log.exception("engine stream failed", request=sequence.request_id, choice=sequence.choice)
+            await put((sequence.choice, ClusterError(repr(error))))
+        finally:
+            await stream.aclose()

@@ -1,0 +1,42 @@
+"""Server-sent events on one ASGI exchange.
+
+Owns: the head of the response, writing with a deadline, comments, the end.
+Does not own: what stands in an event (a dialect's module).
+Invariant: every write has a deadline, so a client that stops reading cannot hold an engine's rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from mlx_cluster.gateway.client import ClientGone, Send
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies would collect the events otherwise
+]
+
+
+class EventWriter:
+    def __init__(self, send: Send, write_timeout_seconds: float) -> None:
+        self._send = send
+        self._write_timeout_seconds = write_timeout_seconds
+
+    async def start(self) -> None:
+        """Send the status; from here on errors are events."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+
+    async def write(self, data: bytes) -> None:
+        """Whole events. Raises ``ClientGone`` when the client does not take them."""
+        try:
+            async with asyncio.timeout(self._write_timeout_seconds):
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        except (TimeoutError, OSError):
+            raise ClientGone from None
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
