@@ -107,13 +107,10 @@ def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
     """OpenAI's error object: message, type, param and code, the last two null when there is none."""
     form = form_of(error)
     if form is INTERNAL:
-        message = f"internal error; the node's log has it under request id {request_id}"
-    else:
-        message = str(error)
-    code = ClusterError.code if form is INTERNAL else getattr(error, "code", None)
-    return {
-        "error": {"message": message, "type": form.type, "param": getattr(error, "param", None), "code": code},
-    }
+        message, code = f"internal error; the node's log has it under request id {request_id}", ClusterError.code
+        return {"error": {"message": message, "type": form.type, "param": None, "code": code}}
+    param, exact_code = getattr(error, "param", None), getattr(error, "code", None)
+    return {"error": {"message": str(error), "type": form.type, "param": param, "code": exact_code}}
 
 
 def error_bytes(error: BaseException, request_id: str) -> bytes:

@@ -108,8 +108,8 @@ def _max_tokens(ask: Ask, model: ServedModel, prompt_tokens: int) -> int:
     if ask.max_tokens > left:
         raise ContextLengthExceeded(
             f"the prompt has {prompt_tokens} tokens and {ask.max_tokens_field} asks for {ask.max_tokens} more, "
-            f"together {prompt_tokens + ask.max_tokens}, but the context of {model.id!r} is {model.max_context}: shorten the "
-            f"prompt, or set {ask.max_tokens_field} to {left} or less",
+            f"together {prompt_tokens + ask.max_tokens}, but the context of {model.id!r} is {model.max_context}: "
+            f"shorten the prompt, or set {ask.max_tokens_field} to {left} or less",
             param=ask.max_tokens_field if prompt_tokens < ask.max_tokens else ask.prompt_field,
         )
     return ask.max_tokens
