@@ -14,8 +14,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_cluster import lifeline, log
 from mlx_cluster.errors import ClusterError
@@ -32,7 +33,7 @@ from mlx_cluster.transport.open import Links, open_links
 EXIT_ORDERLY = 0
 EXIT_FAILED = 3  # a typed error, told in a ``failed`` event
 EXIT_CRASHED = 4  # an unexpected one
-_END_SECONDS = 4.0  # for the mlx thread to finish what it does
+_END_SECONDS = 2.0  # for the mlx thread to finish what it does
 _PROGRESS_SECONDS = 0.25
 
 logger = log.get("stage")
@@ -51,6 +52,7 @@ class Slice:
 def main() -> int:
     """Run this process as a stage until it ends; gives the exit code."""
     events = EventPipe(_take_stdout())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole family; the agent decides
     lifeline.arm(AGENT_SILENCE_SECONDS)
     # The mlx thread builds graphs in Python: with the default interval the event loop would wait 5 ms for the GIL.
     sys.setswitchinterval(1e-4)
@@ -126,12 +128,16 @@ class StageChild:
         life = asyncio.current_task()
         assert life is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, life.cancel)
+        async with contextlib.AsyncExitStack() as cleanup:
+            # Told before the clean-up, which may take seconds and must not delay the agent.
+            return await self._told(self._live(AgentVoice(), cleanup))
+
+    async def _told(self, life: Coroutine[Any, Any, None]) -> int:
+        """Await the process's life; tell the agent how it ended and give the exit code."""
         try:
-            async with contextlib.AsyncExitStack() as cleanup:
-                await self._live(AgentVoice(), cleanup)
+            await life
         except asyncio.CancelledError:
             logger.info("stage ends: SIGTERM")
-            return EXIT_ORDERLY
         except ClusterError as error:
             logger.error("stage ends", code=error.code, error=str(error))
             self._events.emit(StageEvent("failed", code=error.code, message=str(error)))

@@ -9,6 +9,7 @@ an end by itself the process does not exist any more.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -32,6 +33,9 @@ OnExit = Callable[[str], None]
 class StageProcess:
     """One running stage process. Made by ``start``; ``on_exit`` hears once, and not after ``stop``, why it ended."""
 
+    _child: lifeline.Child
+    _end: asyncio.Task[None]
+
     def __init__(self, spec: StageSpec, *, on_progress: OnProgress | None, on_exit: OnExit | None) -> None:
         loop = asyncio.get_running_loop()
         self.spec = spec
@@ -41,8 +45,6 @@ class StageProcess:
         self._linked: asyncio.Future[StageEvent] = loop.create_future()
         self._failure: ClusterError | None = None
         self._stopping = self._linking = False
-        self._child: lifeline.Child | None = None
-        self._tasks: list[asyncio.Task[None]] = []
         for future in (self._loaded, self._linked):
             future.add_done_callback(_retrieve)
 
@@ -57,7 +59,7 @@ class StageProcess:
     ) -> StageProcess:
         """Spawn it and hand it the spec. Raises ``StageStartError`` when it cannot be started."""
         self = cls(spec, on_progress=on_progress, on_exit=on_exit)
-        env = blas.environment(
+        env = {"GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "ERROR")} | blas.environment(
             blas.find(), threads=runtime.threads, preload=runtime.blas == "auto" and spec.device != "gpu"
         )
         try:
@@ -71,10 +73,7 @@ class StageProcess:
         except OSError as error:
             raise StageStartError(f"{self.name} cannot be started: {error}") from error
         self._child.send_line(spec.to_line())
-        self._tasks = [
-            asyncio.create_task(self._tick(self._child), name=f"ticks to {self.name}"),
-            asyncio.create_task(self._watch(self._child, runtime.load_timeout), name=f"end of {self.name}"),
-        ]
+        self._end = asyncio.create_task(self._watch(self._child, runtime.load_timeout), name=f"end of {self.name}")
         return self
 
     @property
@@ -83,12 +82,11 @@ class StageProcess:
 
     @property
     def pid(self) -> int:
-        assert self._child is not None
         return self._child.pid
 
     @property
     def running(self) -> bool:
-        return self._child is not None and self._child.returncode is None
+        return self._child.returncode is None
 
     async def loaded(self) -> StageEvent:
         """Wait until its slice is loaded; the event has its address and memory.
@@ -100,7 +98,6 @@ class StageProcess:
 
     async def link(self, command: LinkCommand) -> None:
         """Have it bring up its links. Raises ``LinkError`` or ``StageStartError``; the process is over then."""
-        assert self._child is not None
         await self.loaded()
         self._linking = True
         self._child.send_line(command.to_line())
@@ -113,20 +110,15 @@ class StageProcess:
     async def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
         """SIGTERM, then SIGKILL; idempotent. SIGTERM first: a hard kill can leak wired memory on a Mac."""
         self._stopping = True
-        if self._child is not None:
-            await self._child.stop(grace_seconds)
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._child.stop(grace_seconds)
+        await self._end
 
     # -- tasks ----------------------------------------------------------------------------------------
 
-    async def _tick(self, child: lifeline.Child) -> None:
-        while child.returncode is None:
-            child.send_line(TICK_LINE)
-            await asyncio.sleep(TICK_SECONDS)
-
     async def _watch(self, child: lifeline.Child, load_timeout_seconds: float) -> None:
         """Follow it to its end, which comes by itself or by the deadline on loading."""
-        ending = asyncio.create_task(child.wait())
+        ticks = asyncio.create_task(_tick(child), name=f"ticks to {self.name}")
+        ending = asyncio.create_task(child.wait(), name=f"exit of {self.name}")
         if not await _done_within(load_timeout_seconds, self._loaded, ending):
             self._kill(
                 StageStartError(
@@ -135,6 +127,7 @@ class StageProcess:
                 )
             )
         exit_ = await ending
+        ticks.cancel()
         error = self._failure or self._error_of(exit_)
         self._settle(error)
         if not self._stopping and self._on_exit is not None:
@@ -159,8 +152,7 @@ class StageProcess:
     def _kill(self, error: ClusterError) -> None:
         self._failure = self._failure or error
         self._settle(self._failure)
-        if self._child is not None:
-            self._child.kill()
+        self._child.kill()
 
     def _settle(self, error: ClusterError) -> None:
         """Whoever waits for an event that will not come hears why."""
@@ -175,6 +167,12 @@ class StageProcess:
             # Making an mlx group blocks with the GIL held: only the kernel's timer can end it.
             return LinkUnavailable(f"{self.name}: the mlx group did not come together in time")
         return StageStartError(f"{self.name} ended: {exit_}")
+
+
+async def _tick(child: lifeline.Child) -> None:
+    while True:
+        child.send_line(TICK_LINE)
+        await asyncio.sleep(TICK_SECONDS)
 
 
 async def _done_within(seconds: float, *futures: asyncio.Future[Any]) -> bool:

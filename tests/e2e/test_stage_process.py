@@ -1,0 +1,310 @@
+"""Real stage processes: from the spec to tokens, and every way they end. Emulated devices unless a test says other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from mlx_cluster._pb import stage_pb2
+from mlx_cluster.config.schema import RuntimeSection
+from mlx_cluster.engine.stages import RUN_METHOD, StageStream
+from mlx_cluster.errors import LinkUnavailable, PortInUse, StageStartError
+from mlx_cluster.microbatch import Kind, Microbatch, Report, RowSpec
+from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
+from mlx_cluster.request import Sampling
+from mlx_cluster.stage.emulation import scripted_token
+from mlx_cluster.stage.process import StageProcess
+from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, EmulationSpec, LinkCommand, StageEvent, StageSpec
+from mlx_cluster.wire import encode_microbatch
+
+PATIENCE_SECONDS = 60.0
+EPOCH = Epoch(3, 1)
+EMULATION = EmulationSpec(seconds_per_step=0.001)
+GREEDY = Sampling(temperature=0.0)
+
+
+def plan(num_stages: int, num_layers: int = 4, model: str = "emulated") -> Plan:
+    cuts = [num_layers * i // num_stages for i in range(num_stages + 1)]
+    stages = tuple(StageAssignment(i, i, cuts[i], cuts[i + 1]) for i in range(num_stages))
+    return Plan("pipe", EPOCH.version, ModelRef(model, "hash", num_layers), stages, "grpc")
+
+
+def spec_of(the_plan: Plan, index: int) -> StageSpec:
+    return StageSpec(the_plan, index, EPOCH, "", "127.0.0.1", 0, emulation=EMULATION, link_timeout_seconds=30.0)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
+def maps_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+async def ended(pid: int) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while alive(pid):  # the kernel tells nobody but the parent
+            await asyncio.sleep(0.05)
+
+
+class Held:
+    """A stage process and the reason of its end."""
+
+    def __init__(self) -> None:
+        self.process: StageProcess
+        self.exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.events: list[StageEvent] = []
+
+    async def reason(self) -> str:
+        return await asyncio.wait_for(asyncio.shield(self.exit), PATIENCE_SECONDS)
+
+
+@asynccontextmanager
+async def started(*specs: StageSpec, runtime: RuntimeSection | None = None) -> AsyncIterator[list[Held]]:
+    held = [Held() for _ in specs]
+    try:
+        for one, spec in zip(held, specs, strict=True):
+            one.process = await StageProcess.start(
+                spec, runtime or RuntimeSection(), on_progress=one.events.append, on_exit=one.exit.set_result
+            )
+        yield held
+    finally:
+        for one in held:
+            await one.process.stop()
+
+
+@asynccontextmanager
+async def linked(*specs: StageSpec) -> AsyncIterator[tuple[list[Held], list[str]]]:
+    async with started(*specs) as held:
+        addresses = [(await one.process.loaded()).address for one in held]
+        command = LinkCommand("grpc", tuple(addresses))
+        await asyncio.gather(*(one.process.link(command) for one in held))
+        yield held, addresses
+
+
+class Engine:
+    """Run streams to all stages, as the real engine opens them."""
+
+    def __init__(self, the_plan: Plan, addresses: list[str]) -> None:
+        self.reports: list[asyncio.Queue[Report]] = [asyncio.Queue() for _ in addresses]
+        self.lost: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
+        self.streams = [
+            StageStream(
+                index,
+                address,
+                the_plan,
+                str(EPOCH),
+                capacity=64,
+                on_report=self.reports[index].put_nowait,
+                on_lost=lambda stage, reason: self.lost.put_nowait((stage, reason)),
+            )
+            for index, address in enumerate(addresses)
+        ]
+
+    async def __aenter__(self) -> Engine:
+        for stream in self.streams:
+            await stream.open(PATIENCE_SECONDS)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for stream in self.streams:
+            await stream.close()
+
+    def put(self, header: Microbatch) -> None:
+        message = stage_pb2.EngineMessage(microbatch=encode_microbatch(header)).SerializeToString()
+        for stream in self.streams:
+            stream.put(message)
+
+    async def report(self, stage: int) -> Report:
+        return await asyncio.wait_for(self.reports[stage].get(), PATIENCE_SECONDS)
+
+
+PREFILL = Microbatch(
+    0, Kind.PREFILL, rows=(1,), tokens=(5, 6, 7), sample=True, admit=(RowSpec(1, Sampling(seed=4), choice=0),)
+)
+CONTROL = Microbatch(1, Kind.CONTROL)
+
+
+async def test_microbatches_travel_through_two_processes() -> None:
+    two = plan(2)
+    async with linked(spec_of(two, 0), spec_of(two, 1)) as (held, addresses), Engine(two, addresses) as engine:
+        engine.put(PREFILL)
+        for i in range(1, 5):
+            engine.put(Microbatch(i, Kind.DECODE, rows=(1,), tokens=(0,), sample=True))
+        engine.put(Microbatch(5, Kind.CONTROL, release=(1,)))
+        first = [await engine.report(0) for _ in range(6)]
+        last = [await engine.report(1) for _ in range(6)]
+        assert [r.microbatch_id for r in first] == [r.microbatch_id for r in last] == [0, 1, 2, 3, 4, 5]
+        assert [r.sent_bytes for r in first] == [3 * 7168, *[7168] * 4, 0]
+        assert min(first[0].compute_seconds, last[0].compute_seconds) >= EMULATION.seconds_per_step
+        tokens = [s.token_id for r in last for s in r.sampled]
+        assert tokens == [scripted_token(EMULATION, 4, 0, i) for i in range(5)]
+        if sys.platform.startswith("linux"):
+            assert "libmlx" not in maps_of(held[0].process.pid), "an emulated stage needs no mlx"
+        await asyncio.gather(*(one.process.stop() for one in held))
+        for one in held:
+            assert not alive(one.process.pid)
+            assert not one.exit.done(), "what was asked for is not reported as a loss"
+
+
+async def refusal(address: str, metadata: dict[str, str]) -> str:
+    """Open a Run stream with this metadata; gives the refusal."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.stream_stream(RUN_METHOD)(metadata=tuple(metadata.items()))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call.read(), PATIENCE_SECONDS)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    return str(caught.value.details())
+
+
+async def test_a_stream_of_another_epoch_plan_or_pipeline_is_refused_and_harms_nobody() -> None:
+    one = plan(1)
+    right = {"epoch": str(EPOCH), "plan-hash": one.hash(), "pipeline": "pipe"}
+    async with linked(spec_of(one, 0)) as (_, addresses):
+        (address,) = addresses
+        assert "which is over" in await refusal(address, {**right, "epoch": "2.9"})
+        for key in right:
+            assert (await refusal(address, {**right, key: "9.9"})).startswith("fenced: ")
+        async with Engine(one, addresses) as engine:
+            assert "has had its one stream" in await refusal(address, right)
+            engine.put(PREFILL)
+            assert (await engine.report(0)).microbatch_id == 0
+
+
+async def test_a_stream_before_the_links_is_refused() -> None:
+    one = plan(1)
+    async with started(spec_of(one, 0)) as (held,):
+        address = (await held.process.loaded()).address
+        metadata = {"epoch": str(EPOCH), "plan-hash": one.hash(), "pipeline": "pipe"}
+        assert "not linked yet" in await refusal(address, metadata)
+
+
+async def test_the_epoch_ends_with_the_engines_stream() -> None:
+    one = plan(1)
+    async with linked(spec_of(one, 0)) as ((held,), addresses):
+        async with Engine(one, addresses):
+            pass
+        assert "engine" in await held.reason()
+        await ended(held.process.pid)
+        assert held.events[-1].type == "failed"
+
+
+async def test_a_killed_stage_ends_its_neighbour_and_both_are_told() -> None:
+    two = plan(2)
+    async with linked(spec_of(two, 0), spec_of(two, 1)) as (held, addresses), Engine(two, addresses) as engine:
+        engine.put(PREFILL)
+        await engine.report(1)
+        os.kill(held[1].process.pid, signal.SIGKILL)
+        assert "killed by SIGKILL (out of memory?)" in await held[1].reason()
+        assert (await asyncio.wait_for(engine.lost.get(), PATIENCE_SECONDS))[0] == 1
+        engine.put(Microbatch(1, Kind.DECODE, rows=(1,), tokens=(0,), sample=True))
+        assert "hop 0→1" in await held[0].reason()
+        stage, reason = await asyncio.wait_for(engine.lost.get(), PATIENCE_SECONDS)
+        assert stage == 0
+        assert reason.startswith("link_closed: "), "the stage says why before it goes"
+
+
+async def test_a_stopped_stage_can_be_stopped() -> None:
+    async with started(spec_of(plan(1), 0)) as (held,):
+        await held.process.loaded()
+        os.kill(held.process.pid, signal.SIGSTOP)
+        await held.process.stop(grace_seconds=0.1)
+        assert not alive(held.process.pid)
+
+
+async def test_a_taken_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with started(replace(spec_of(plan(1), 0), port=port)) as (held,):
+            with pytest.raises(PortInUse, match=str(port)):
+                await held.process.loaded()
+
+
+async def test_loading_has_a_deadline() -> None:
+    async with started(spec_of(plan(1), 0), runtime=RuntimeSection(load_timeout=0.001)) as (held,):
+        with pytest.raises(StageStartError, match=r"did not load within 0\.001 s"):
+            await held.process.loaded()
+        await held.reason()
+        assert not alive(held.process.pid)
+
+
+async def test_a_neighbour_that_is_not_there_is_a_link_error() -> None:
+    two = plan(2)
+    async with started(spec_of(two, 0)) as (held,):
+        address = (await held.process.loaded()).address
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            nobody = f"127.0.0.1:{silent.getsockname()[1]}"
+            with pytest.raises(LinkUnavailable, match=nobody):
+                await held.process.link(LinkCommand("grpc", (address, nobody), timeout_seconds=0.5))
+        assert nobody in await held.reason()
+
+
+# -- agents that die or freeze ----------------------------------------------------------------------
+
+AGENT = """
+import asyncio, sys
+from mlx_cluster.config.schema import RuntimeSection
+from mlx_cluster.stage.process import StageProcess
+from mlx_cluster.stage.spec import StageSpec
+
+async def main():
+    process = await StageProcess.start(StageSpec.from_line(sys.argv[1]), RuntimeSection())
+    await process.loaded()
+    print(process.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def agent() -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+    """An agent of its own with one loaded stage process."""
+    line = spec_of(plan(1), 0).to_line()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", AGENT, line, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            yield process, int(await process.stdout.readline())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def test_a_killed_agent_leaves_no_orphan() -> None:
+    async with agent() as (process, pid):
+        assert alive(pid)
+        process.kill()
+        await ended(pid)
+
+
+async def test_the_stage_of_a_frozen_agent_dies_by_its_timer_and_that_of_a_living_one_does_not() -> None:
+    async with started(spec_of(plan(1), 0)) as (living,), agent() as (process, pid):
+        await living.process.loaded()
+        process.send_signal(signal.SIGSTOP)
+        loop = asyncio.get_running_loop()
+        frozen_at = loop.time()
+        await ended(pid)
+        assert loop.time() - frozen_at > AGENT_SILENCE_SECONDS / 2
+        assert living.process.running
