@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class ClusterHandler(Protocol):
 
     async def put_document(self, document: ClusterDocument) -> None: ...
 
-    def start_stage(self, plan: Plan, index: int, epoch: Epoch) -> AsyncIterator[cluster_pb2.StageProgress]: ...
+    def start_stage(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]: ...
 
     async def link_stage(self, request: cluster_pb2.LinkStageRequest) -> None: ...
 
@@ -117,8 +117,10 @@ class ClusterService:
         try:
             self._check_cluster(message.cluster)
             plan = Plan.from_json(json.loads(message.plan_json))
-            async for progress in self._handler.start_stage(plan, message.stage, Epoch.parse(message.epoch)):
-                yield progress
+            starting = self._handler.start_stage(plan, message.stage, Epoch.parse(message.epoch))
+            async with contextlib.aclosing(starting):  # a caller that leaves ends the start
+                async for progress in starting:
+                    yield progress
         except ClusterError as error:
             yield cluster_pb2.StageProgress(state="failed", code=error.code, message=str(error))
 
@@ -167,7 +169,7 @@ class ClusterClient:
 
     async def start_stage(
         self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
-    ) -> AsyncIterator[cluster_pb2.StageProgress]:
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
         """Progress until ``loaded``. Raises the error of the stage's agent, or ``Unavailable``."""
         request = cluster_pb2.StartStageRequest(
             cluster=self._cluster, plan_json=json.dumps(plan.to_json()), stage=index, epoch=str(epoch)

@@ -22,7 +22,8 @@ class ModelFacts:
 
     ``layer_bytes`` has one entry per layer; ``embed_bytes`` rests on the first stage, ``head_bytes`` (final norm and
     head, the embedding again where it is tied) on the last one. ``kv_bytes_per_token`` is for one layer.
-    ``dense_ratio`` says how much more the weights take here when they are dequantized to float32 (1: they are not).
+    ``dense_ratio`` says how much more the weights take in this node's memory than on its disk, ``least_ratio`` the same
+    when memory is short and quantized weights stay packed.
     """
 
     id: str
@@ -33,6 +34,7 @@ class ModelFacts:
     kv_bytes_per_token: int = 0
     max_context: int = 0
     dense_ratio: float = 1.0
+    least_ratio: float = 1.0
 
     @property
     def num_layers(self) -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -42,7 +42,7 @@ class Handler:
             raise Fenced("newer here")
         self.documents.append(document)
 
-    async def start_stage(self, value: Plan, index: int, epoch: Epoch) -> AsyncIterator[cluster_pb2.StageProgress]:
+    async def start_stage(self, value: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
         yield cluster_pb2.StageProgress(state="loading", done_bytes=1, total_bytes=2)
         if index == 1:
             raise StageStartError(f"{value.pipeline} {epoch} does not load")

@@ -1,0 +1,281 @@
+"""The stage processes of this node.
+
+Owns: at most one process per (pipeline, stage index), its leased mlx port, and what the node says of it.
+Does not own: whether the cluster document asks for the stage (``agent``), the process itself (``stage.process``).
+Invariant: a stage of an older epoch never starts, and whatever this node holds of a pipeline's older epochs has been
+killed before a newer one starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mlx_cluster import log
+from mlx_cluster._pb import cluster_pb2
+from mlx_cluster.cluster.status import StageState, StageStatus
+from mlx_cluster.errors import ClusterError, Fenced, StageStartError
+from mlx_cluster.node.leases import Lease, PortLeases
+from mlx_cluster.node.state import NodeState
+from mlx_cluster.plan import Epoch, Plan
+from mlx_cluster.stage.spec import LinkCommand, StageEvent, StageSpec
+
+STOP_GRACE_SECONDS = 3.0
+_WITHOUT_MLX = ("inprocess", "grpc")  # transports that need no port of the leased range
+
+_log = log.get(__name__)
+
+
+class StageHandle(Protocol):
+    """The part of ``stage.process.StageProcess`` that is used here."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def loaded(self) -> StageEvent: ...
+
+    async def link(self, command: LinkCommand) -> None: ...
+
+    async def stop(self, grace_seconds: float = ...) -> None: ...
+
+
+class StageStarter(Protocol):
+    def __call__(
+        self, spec: StageSpec, *, on_progress: Callable[[StageEvent], None], on_exit: Callable[[str], None]
+    ) -> Awaitable[StageHandle]: ...
+
+
+# (plan, index, epoch) → everything the process must know; raises when this node cannot load the plan's model
+SpecMaker = Callable[[Plan, int, Epoch], StageSpec]
+
+
+@dataclass(slots=True)
+class _Held:
+    """A stage of this node, running or ended; an ended one stays in the table to say why."""
+
+    plan: Plan
+    index: int
+    epoch: Epoch
+    lease: Lease | None = None
+    process: StageHandle | None = None
+    state: StageState = "starting"
+    memory_bytes: int = 0
+    done_bytes: int = 0
+    total_bytes: int = 0
+    detail: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def status(self) -> StageStatus:
+        stage = self.plan.stages[self.index]
+        return StageStatus(
+            pipeline=self.plan.pipeline,
+            epoch=self.epoch,
+            index=self.index,
+            start=stage.start,
+            end=stage.end,
+            pid=self.process.pid if self.process is not None else 0,
+            state=self.state,
+            memory_bytes=self.memory_bytes if self.process is not None else 0,
+            done_bytes=self.done_bytes,
+            total_bytes=self.total_bytes,
+            detail=self.detail,
+        )
+
+
+class StageHost:
+    """``advertised_host`` is where other nodes reach this one; ``mlx_host`` its IPv4 address, for the ring."""
+
+    def __init__(
+        self,
+        state: NodeState,
+        make_spec: SpecMaker,
+        start_process: StageStarter,
+        leases: PortLeases,
+        *,
+        advertised_host: str,
+        mlx_host: str,
+        link_timeout_seconds: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._state, self._make_spec, self._start_process, self._leases = state, make_spec, start_process, leases
+        self._advertised_host, self._mlx_host = advertised_host, mlx_host
+        self._link_timeout_seconds = link_timeout_seconds
+        self._on_change = on_change
+        self._held: dict[tuple[str, int], _Held] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def statuses(self) -> tuple[StageStatus, ...]:
+        return tuple(held.status() for _, held in sorted(self._held.items()))
+
+    @property
+    def num_running(self) -> int:
+        return sum(1 for held in self._held.values() if held.process is not None)
+
+    # -- start -----------------------------------------------------------------------------------------
+
+    async def start(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
+        """Start a stage and follow it until it is loaded; the last progress carries its addresses.
+
+        Closing the iterator before that stops the stage. Raises ``Fenced``, ``CheckpointError``, ``StageStartError``.
+        """
+        held = await self._spawn(plan, index, epoch)
+        assert held.process is not None
+        finished = asyncio.create_task(held.process.loaded(), name=f"load {plan.pipeline} {index}")
+        finished.add_done_callback(lambda _: held.changed.set())
+        complete = False
+        try:
+            while not finished.done():
+                held.changed.clear()
+                yield cluster_pb2.StageProgress(
+                    state="loading", done_bytes=held.done_bytes, total_bytes=held.total_bytes
+                )
+                await held.changed.wait()
+            event = finished.result()
+            self._check_current(held)
+            held.state, held.memory_bytes = "loaded", event.memory_bytes
+            complete = True
+            self._on_change()
+            yield cluster_pb2.StageProgress(
+                state="loaded",
+                done_bytes=held.done_bytes,
+                total_bytes=held.total_bytes,
+                address=f"{self._advertised_host}:{event.address.rpartition(':')[2]}",
+                mlx_address=f"{self._mlx_host}:{held.lease.port}" if held.lease else "",
+            )
+        except ClusterError as error:
+            self._fail(held, str(error))
+            raise
+        finally:
+            finished.cancel()
+            if not complete:
+                await self._end(held)
+
+    async def _spawn(self, plan: Plan, index: int, epoch: Epoch) -> _Held:
+        async with self._lock(plan.pipeline):
+            self._state.see(plan.pipeline, epoch)
+            current = self._held.get((plan.pipeline, index))
+            if current is not None and current.epoch >= epoch:
+                raise Fenced(f"stage {index} of {plan.pipeline} was already started in epoch {current.epoch}")
+            spec = self._make_spec(plan, index, epoch)
+            await self._end_pipeline(plan.pipeline, older_than=epoch)
+            held = _Held(plan, index, epoch)
+            if plan.transport not in _WITHOUT_MLX:
+                held.lease = self._leases.lease(self._mlx_host)
+            self._held[(plan.pipeline, index)] = held
+            try:
+                held.process = await self._start_process(
+                    spec,
+                    on_progress=lambda event: self._on_progress(held, event),
+                    on_exit=lambda reason: self._on_exit(held, reason),
+                )
+            except ClusterError as error:
+                self._fail(held, str(error))
+                raise
+            held.state = "loading"
+            self._on_change()
+            return held
+
+    def _on_progress(self, held: _Held, event: StageEvent) -> None:
+        if event.type == "loading":
+            held.done_bytes, held.total_bytes = event.done_bytes, event.total_bytes
+            held.changed.set()
+
+    def _on_exit(self, held: _Held, reason: str) -> None:
+        _log.warning("stage process ended", pipeline=held.plan.pipeline, stage=held.index, reason=reason)
+        held.process = None
+        self._release(held)
+        self._fail(held, reason)
+
+    def _fail(self, held: _Held, detail: str) -> None:
+        held.state, held.detail = "failed", detail
+        held.changed.set()
+        self._on_change()
+
+    # -- link ------------------------------------------------------------------------------------------
+
+    async def link(self, request: cluster_pb2.LinkStageRequest) -> None:
+        """Have a loaded stage bring up its links. Raises ``LinkError``, ``Fenced``, ``StageStartError``."""
+        held = self._held.get((request.pipeline, request.stage))
+        epoch = Epoch.parse(request.epoch)
+        if held is not None and epoch < held.epoch:
+            raise Fenced(f"epoch {epoch} of {request.pipeline} is older than {held.epoch}, which runs here")
+        if held is None or held.epoch != epoch or held.process is None:
+            detail = f": {held.detail}" if held is not None and held.detail else ""
+            raise StageStartError(f"stage {request.stage} of {request.pipeline} in epoch {epoch} is not here{detail}")
+        held.state = "linking"
+        command = LinkCommand(
+            transport=request.transport,
+            stage_addresses=tuple(request.stage_addresses),
+            mlx_addresses=tuple(request.mlx_addresses),
+            timeout_seconds=self._link_timeout_seconds,
+        )
+        try:
+            await held.process.link(command)
+            self._check_current(held)
+        except ClusterError as error:
+            self._fail(held, str(error))
+            await self._end(held)
+            raise
+        held.state = "linked"
+        self._on_change()
+
+    def _check_current(self, held: _Held) -> None:
+        current = self._held.get((held.plan.pipeline, held.index))
+        if current is not held:
+            raise Fenced(f"stage {held.index} of {held.plan.pipeline} was replaced while epoch {held.epoch} came up")
+
+    # -- stop ------------------------------------------------------------------------------------------
+
+    async def stop(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None:
+        """Stop a stage of this epoch or an older one; nothing happens when there is none."""
+        async with self._lock(pipeline):
+            held = self._held.get((pipeline, index))
+            if held is None or held.epoch > epoch:
+                return
+            _log.info("stage stopped", pipeline=pipeline, stage=index, epoch=str(held.epoch), reason=reason)
+            del self._held[(pipeline, index)]
+            await self._end(held)
+        self._on_change()
+
+    async def keep_only(self, plans: Iterable[Plan]) -> None:
+        """Stop what belongs to no plan in force: another pipeline, or an older version of one."""
+        versions = {plan.pipeline: plan.version for plan in plans}
+        for pipeline in {held.plan.pipeline for held in self._held.values()}:
+            version = versions.get(pipeline)
+            async with self._lock(pipeline):
+                await self._end_pipeline(pipeline, older_than=None if version is None else Epoch(version, 0))
+        self._on_change()
+
+    async def stop_all(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
+        held = list(self._held.values())
+        self._held.clear()
+        await asyncio.gather(*(self._end(each, grace_seconds) for each in held))
+
+    async def _end_pipeline(self, pipeline: str, older_than: Epoch | None) -> None:
+        """End this node's stages of a pipeline; ``older_than`` None ends all of them."""
+        gone = [
+            key
+            for key, held in self._held.items()
+            if key[0] == pipeline and (older_than is None or held.epoch < older_than)
+        ]
+        await asyncio.gather(*(self._end(self._held.pop(key)) for key in gone))
+
+    async def _end(self, held: _Held, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
+        """Kill and reap; the lease comes back only when the process is gone."""
+        process, held.process = held.process, None
+        if process is not None:
+            await process.stop(grace_seconds)
+        if held.state != "failed":
+            held.state, held.detail = "failed", "stopped"
+        self._release(held)
+        held.changed.set()
+
+    def _release(self, held: _Held) -> None:
+        if held.lease is not None:
+            held.lease.release()
+            held.lease = None
+
+    def _lock(self, pipeline: str) -> asyncio.Lock:
+        return self._locks.setdefault(pipeline, asyncio.Lock())
