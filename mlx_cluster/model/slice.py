@@ -108,13 +108,13 @@ class ModelSlice:
     def output_specs(self, batch: int, length: int) -> list[Any]:
         """Shapes and dtypes that ``__call__`` returns for empty caches; nothing is computed."""
         tokens = mx.zeros((batch, length), mx.int32)
-        output = self(tokens, self._stand_ins(batch, length), self.make_caches(), head="last")
+        output = self(tokens, self.stand_ins(batch, length), self.make_caches(), head="last")
         return [state.spec_of(array) for array in output]
 
     def parameters_read(self) -> dict[str, mx.array]:
         """The weights on the way to this slice's output and caches, by name, in the model's order."""
         caches = self.make_caches()
-        output = self(mx.zeros((1, 2), mx.int32), self._stand_ins(1, 2), caches, head="last")
+        output = self(mx.zeros((1, 2), mx.int32), self.stand_ins(1, 2), caches, head="last")
         cached = [a for _, a in tree_flatten([c.state for c in caches[: self._num_own]]) if isinstance(a, mx.array)]
         parameters = dict(tree_flatten(self.model.parameters()))
         names = {f"p{number}": name for number, name in enumerate(parameters)}
@@ -180,7 +180,7 @@ class ModelSlice:
             return True
         try:
             tokens = mx.zeros((1, 2), mx.int32)
-            (logits,) = self(tokens, self._stand_ins(1, 2), self.make_caches(), head="last")
+            (logits,) = self(tokens, self.stand_ins(1, 2), self.make_caches(), head="last")
         except (TypeError, ValueError, RuntimeError):
             return False
         return bool(logits.shape[1] == 1)
@@ -194,14 +194,14 @@ class ModelSlice:
         singles = [self.make_caches() for _ in range(rows)]
         try:
             for length, caches in enumerate(singles, start=1):
-                self(mx.zeros((1, length), mx.int32), self._stand_ins(1, length), caches, head="none")
+                self(mx.zeros((1, length), mx.int32), self.stand_ins(1, length), caches, head="none")
             batch = row_cache.merge(singles)
-            output = self(mx.zeros((rows, 1), mx.int32), self._stand_ins(rows, 1), batch, head="last")
+            output = self(mx.zeros((rows, 1), mx.int32), self.stand_ins(rows, 1), batch, head="last")
         except (TypeError, ValueError, RuntimeError):
             return False
         return all(array.shape[0] == rows for array in output)
 
-    def _stand_ins(self, batch: int, length: int) -> list[mx.array]:
+    def stand_ins(self, batch: int, length: int) -> list[mx.array]:
         """Zeros in the form of the state that this slice receives."""
         if self.first:
             return []

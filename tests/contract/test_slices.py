@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +29,7 @@ class Chain:
         self.slices = [
             # A model of its own per slice, since a slice drops the weights of the others.
             ModelSlice(build_tiny(family, layers=layers, vocab=VOCAB), start, end)
-            for start, end in zip(bounds, bounds[1:], strict=False)
+            for start, end in pairwise(bounds)
         ]
         for part in self.slices:
             poison_what_is_not_read(part)

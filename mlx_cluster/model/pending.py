@@ -1,0 +1,92 @@
+"""Microbatches that were dispatched to the device: what a waiting thread holds.
+
+Owns: waiting for arrays and reading them into an ``Outcome``.
+Invariant: nothing here adds to a graph. Reading the buffer or the values of an array that went through ``async_eval``
+waits until it is computed, from any thread, and lets other Python threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_cluster.microbatch import FailedRow, Frame, Outcome, Sampled
+from mlx_cluster.model import state
+from mlx_cluster.model.sampling import Drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    outcome: Outcome
+
+    def wait(self) -> Outcome:
+        return self.outcome
+
+
+@dataclass(frozen=True, slots=True)
+class PendingFrame:
+    """On the way to the next slice."""
+
+    frame: Frame
+    rows: tuple[int, ...]
+    failed: tuple[FailedRow, ...]
+
+    def wait(self) -> Outcome:
+        try:
+            memoryview(self.frame.payload).release()
+        except RuntimeError as error:
+            zeros = state.zero_frame(self.frame.microbatch_id, self.frame.tensors)
+            return Outcome(zeros, failed=_all_failed(self.rows, error))
+        return Outcome(self.frame, failed=self.failed)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingFill:
+    """A chunk on the last slice that only fills caches."""
+
+    filled: Any  # mlx arrays have the buffer protocol, which their types do not tell
+    rows: tuple[int, ...]
+    failed: tuple[FailedRow, ...]
+
+    def wait(self) -> Outcome:
+        try:
+            memoryview(self.filled).release()
+        except RuntimeError as error:
+            return Outcome(failed=_all_failed(self.rows, error))
+        return Outcome(failed=self.failed)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """Tokens on the last slice. ``wanted`` says per row how many alternatives it asked for, or None."""
+
+    drawn: Drawn
+    rows: Sequence[int]
+    wanted: Sequence[int | None]
+    failed: tuple[FailedRow, ...]
+
+    def wait(self) -> Outcome:
+        try:
+            return Outcome(sampled=tuple(self._read()), failed=self.failed)
+        except RuntimeError as error:
+            failed = _all_failed(self.rows, error)
+            return Outcome(failed=failed + self.failed)
+
+    def _read(self) -> list[Sampled]:
+        tokens: Any = self.drawn.tokens.tolist()
+        if self.drawn.logprobs is None or self.drawn.top_ids is None or self.drawn.top_logprobs is None:
+            return [Sampled(row, token) for row, token in zip(self.rows, tokens, strict=True)]
+        logprobs: Any = self.drawn.logprobs.tolist()
+        ids: Any = self.drawn.top_ids.tolist()
+        values: Any = self.drawn.top_logprobs.tolist()
+        return [
+            Sampled(row, tokens[i])
+            if count is None
+            else Sampled(row, tokens[i], logprobs[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+            for i, (row, count) in enumerate(zip(self.rows, self.wanted, strict=True))
+        ]
+
+
+def _all_failed(rows: Sequence[int], error: Exception) -> tuple[FailedRow, ...]:
+    return tuple(FailedRow(row, f"the computation of this microbatch failed: {error}") for row in rows)

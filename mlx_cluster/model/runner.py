@@ -1,0 +1,322 @@
+"""``SliceRunner``: executes microbatches on one slice of layers.
+
+Owns: the rows of a stage, their caches and groups, and what sampling remembers of them.
+Does not own: order and timing of microbatches (the stage's loop), or what they mean to a request (the engine).
+Invariant: every call comes from the one thread that owns mlx; only ``Pending.wait`` may run elsewhere, and it only
+reads arrays that were handed to ``async_eval``. One row's trouble leaves every other row's tokens as they were.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_cluster.errors import LinkMismatch
+from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec
+from mlx_cluster.model import cache as row_cache
+from mlx_cluster.model import sampling, state
+from mlx_cluster.model.cache import Caches, Group
+from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, load_slice
+from mlx_cluster.model.pending import Finished, PendingFill, PendingFrame, PendingTokens
+from mlx_cluster.model.sampling import Draw
+from mlx_cluster.model.slice import Head
+from mlx_cluster.request import Sampling
+
+async_eval: Any = mx.async_eval  # its types cover neither trees nor keyword-less calls
+
+# mlx keeps freed buffers for reuse; shapes change with every prompt, so they are given back now and then.
+_CLEAR_CACHE_EVERY = 256
+# Rows and group of the warm-up; the engine counts from 0.
+_WARM_UP_ROWS = (-1, -2)
+_WARM_UP_GROUP = -1
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row's place (``caches`` of its own, or ``group``) and what its draws depend on."""
+
+    spec: RowSpec
+    caches: Caches | None = None
+    group: int | None = None
+    drawn: int = 0
+    seen: Counter[int] = field(default_factory=Counter)
+    emitted: Counter[int] = field(default_factory=Counter)
+    problem: str | None = None
+
+    def draw(self) -> Draw:
+        """The row's next draw; counts it."""
+        index = self.spec.first_index + self.drawn
+        self.drawn += 1
+        return Draw(self.spec.sampling, self.spec.choice, index, self.seen, self.emitted)
+
+    def remember(self, token: int) -> None:
+        if self.spec.sampling.needs_history:
+            self.seen[token] += 1
+            self.emitted[token] += 1
+
+
+class SliceRunner:
+    """Implements ``microbatch.Runner`` with a loaded slice."""
+
+    def __init__(self, loaded: LoadedSlice) -> None:
+        self.slice = loaded.slice
+        self.device = loaded.device
+        self.slice_bytes = loaded.num_bytes
+        self._rows: dict[int, _Row] = {}
+        self._groups: dict[int, Group] = {}
+        self._submitted = 0
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        start: int,
+        end: int,
+        *,
+        device: Device = "auto",
+        dequantize: Dequantize = "auto",
+        memory_budget_bytes: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> SliceRunner:
+        """Load layers ``[start, end)`` on the calling thread, which every later call must come from.
+
+        Raises ``CheckpointError``, ``UnsupportedModel``, ``PlanError``.
+        """
+        loaded = load_slice(
+            model_dir,
+            start,
+            end,
+            device=device,
+            dequantize=dequantize,
+            memory_budget_bytes=memory_budget_bytes,
+            on_progress=on_progress,
+        )
+        return cls(loaded)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What mlx holds now: weights, caches and work in flight."""
+        return int(mx.get_active_memory())
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the caches of all rows take."""
+        own = sum(row_cache.num_bytes(row.caches) for row in self._rows.values() if row.caches is not None)
+        return own + sum(group.num_bytes for group in self._groups.values())
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def warm_up(self) -> None:
+        """Run a prompt and a batched step once: some operations are compiled at first use, which takes seconds."""
+        rows = _WARM_UP_ROWS
+        samplings = (
+            Sampling(temperature=0.0, top_logprobs=1),
+            Sampling(temperature=1.0, top_k=2, top_p=0.5, min_p=0.1),
+        )
+        for row, parameters in zip(rows, samplings, strict=True):
+            spec = RowSpec(row, parameters, choice=0)
+            chunk = Microbatch(0, Kind.PREFILL, rows=(row,), tokens=(0, 0), sample=True, admit=(spec,))
+            self.submit(chunk, self._blank_frame(chunk)).wait()
+        for _ in range(2):
+            step = Microbatch(0, Kind.DECODE, rows=rows, tokens=(0, 0), group=_WARM_UP_GROUP, sample=True)
+            self.submit(step, self._blank_frame(step)).wait()
+        self.submit(Microbatch(0, Kind.CONTROL, release=rows), None).wait()
+        mx.clear_cache()
+
+    # -- microbatches --------------------------------------------------------------------------------
+
+    def submit(self, header: Microbatch, frame: Frame | None) -> Pending:
+        """Build and dispatch one microbatch. See ``microbatch.Runner``.
+
+        Raises ``LinkMismatch`` when the frame is not the one that the header promises.
+        """
+        for row in header.release:
+            self._release(row)
+        for spec in header.admit:
+            self._admit(spec)
+        if header.kind is Kind.CONTROL or not header.rows:
+            return Finished(Outcome())
+        received = self._received(header, frame)
+        self._submitted += 1
+        if self._submitted % _CLEAR_CACHE_EVERY == 0:
+            mx.clear_cache()
+        failed = {row: problem for row in header.rows if (problem := self._problem(header, row)) is not None}
+        good = [index for index, row in enumerate(header.rows) if row not in failed]
+        try:
+            return self._dispatch(header, received, good, failed)
+        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+            # The forward pass of these rows broke off half-way, so their caches are of no use any more.
+            message = f"layers [{self.slice.start}, {self.slice.end}) cannot run this row: {error}"
+            for row in header.rows:
+                self._spoil(row, message)
+            failed |= {row: message for row in header.rows if row not in failed}
+            return Finished(self._nothing(header, failed))
+
+    def _dispatch(
+        self, header: Microbatch, received: list[mx.array], good: list[int], failed: dict[int, str]
+    ) -> Pending:
+        if not good:
+            return Finished(self._nothing(header, failed))
+        length = header.batch_shape[1]
+        tokens = mx.array(header.tokens, dtype=mx.int32).reshape(-1, length)
+        if header.kind is Kind.PREFILL:
+            parts = [row_cache.Part(range(1), self._own_caches(header.rows[0]))]
+        else:
+            parts = self._decode_parts(header, good)
+        head: Head = "last" if header.sample else "none"
+        outputs: list[list[mx.array]] = []
+        for part in parts:
+            at = [good[index] for index in part.rows]
+            whole = len(at) == len(header.rows)
+            mine = tokens if whole else tokens[mx.array(at)]
+            states = received if whole else [array[mx.array(at)] for array in received]
+            outputs.append(self.slice(mine, states, part.caches, head=head))
+        output = [_concatenate(leaf) for leaf in zip(*outputs, strict=True)]
+        cached = [row_cache.states(part.caches) for part in parts]
+        failures = tuple(FailedRow(row, message) for row, message in failed.items())
+        if self.slice.last:
+            return self._answer(header, output, good, cached, failures)
+        frame = state.pack(header.id, [_spread(array, good, len(header.rows)) for array in output])
+        async_eval(frame.payload, cached)
+        return PendingFrame(frame, header.rows, failures)
+
+    def _answer(
+        self,
+        header: Microbatch,
+        output: list[mx.array],
+        good: list[int],
+        cached: Sequence[Any],
+        failures: tuple[FailedRow, ...],
+    ) -> Pending:
+        """On the last slice: draw tokens, or only fill the caches."""
+        rows = [header.rows[index] for index in good]
+        if not header.sample:
+            arrays = [array for _, array in tree_flatten(cached) if isinstance(array, mx.array)]
+            # The caches' own arrays change under a waiting thread with the next chunk; this one does not.
+            filled = mx.depends(mx.zeros((1,), mx.uint8), arrays)
+            async_eval(filled, cached)
+            return PendingFill(filled, header.rows, failures)
+        drawn = sampling.sample(output[0][:, -1], [self._rows[row].draw() for row in rows])
+        async_eval(drawn.arrays(), cached)
+        wanted = [self._rows[row].spec.sampling.top_logprobs for row in rows]
+        return PendingTokens(drawn, rows, wanted, failures)
+
+    def _decode_parts(self, header: Microbatch, good: list[int]) -> list[row_cache.Part]:
+        """Bring the group into the order that the header asks for."""
+        group = self._groups.setdefault(header.group, Group(batched=self.slice.can_batch))
+        rows = [header.rows[index] for index in good]
+        joining = {row: self._leave(row) for row in rows if self._rows[row].group != header.group}
+        for row, caches in group.arrange(rows, joining).items():
+            self._rows[row].caches, self._rows[row].group = caches, None
+        for index, row in zip(good, rows, strict=True):
+            self._rows[row].caches, self._rows[row].group = None, header.group
+            self._rows[row].remember(header.tokens[index])
+        self._forget_empty_groups()
+        return group.parts()
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def _admit(self, spec: RowSpec) -> None:
+        row = _Row(spec, problem=sampling.check_ids(spec.sampling, spec.history, self.slice.vocab_size))
+        if spec.sampling.needs_history:
+            row.seen, row.emitted = Counter(spec.history), Counter(spec.history[spec.prompt_length :])
+        self._rows[spec.row] = row
+
+    def _release(self, row: int) -> None:
+        entry = self._rows.pop(row, None)
+        if entry is not None and entry.group is not None:
+            self._groups[entry.group].drop(row)
+            self._forget_empty_groups()
+
+    def _spoil(self, row: int, message: str) -> None:
+        entry = self._rows.get(row)
+        if entry is None:
+            return
+        if entry.group is not None and entry.group in self._groups:
+            self._groups[entry.group].drop(row)
+        entry.caches, entry.group, entry.problem = None, None, message
+        self._forget_empty_groups()
+
+    def _forget_empty_groups(self) -> None:
+        for name in [name for name, group in self._groups.items() if not group.rows]:
+            del self._groups[name]
+
+    def _leave(self, row: int) -> Caches:
+        """A row's own caches, taken out of the group where it is."""
+        entry = self._rows[row]
+        if entry.group is not None:
+            entry.caches, entry.group = self._groups[entry.group].take(row), None
+        assert entry.caches is not None
+        return entry.caches
+
+    def _own_caches(self, row: int) -> Caches:
+        entry = self._rows[row]
+        if entry.caches is None and entry.group is None:
+            entry.caches = self.slice.make_caches()
+        entry.caches = self._leave(row)
+        return entry.caches
+
+    def _problem(self, header: Microbatch, row: int) -> str | None:
+        """Why this row of the microbatch cannot be executed, if so."""
+        entry = self._rows.get(row)
+        if entry is None:
+            return f"row {row} is not known here: it was never admitted, or is released"
+        if entry.problem is not None:
+            return entry.problem
+        if header.kind is Kind.DECODE and entry.caches is None and entry.group is None:
+            return f"row {row} has no cache here: its prompt was not run"
+        at = header.rows.index(row)
+        length = header.batch_shape[1]
+        for token in header.tokens[at * length : (at + 1) * length]:
+            if not 0 <= token < self.slice.vocab_size:
+                return f"token {token} is outside the vocabulary of {self.slice.vocab_size}"
+        return None
+
+    # -- frames --------------------------------------------------------------------------------------
+
+    def _received(self, header: Microbatch, frame: Frame | None) -> list[mx.array]:
+        if self.slice.first:
+            return []
+        if frame is None or frame.microbatch_id != header.id:
+            what = "no frame" if frame is None else f"the frame of microbatch {frame.microbatch_id}"
+            raise LinkMismatch(f"microbatch {header.id} came with {what}: the stages have lost step")
+        arrays = state.unpack(frame)
+        shape = header.batch_shape
+        if not arrays or tuple(arrays[0].shape[:2]) != shape:
+            got = [tuple(array.shape) for array in arrays]
+            raise LinkMismatch(f"microbatch {header.id} has {shape} tokens, its hidden state has the shapes {got}")
+        return arrays
+
+    def _nothing(self, header: Microbatch, failed: dict[int, str]) -> Outcome:
+        """The promised shape, for a microbatch of which no row could run."""
+        failures = tuple(FailedRow(row, message) for row, message in failed.items())
+        if self.slice.last:
+            return Outcome(failed=failures)
+        return Outcome(state.zero_frame(header.id, self.slice.output_specs(*header.batch_shape)), failed=failures)
+
+    def _blank_frame(self, header: Microbatch) -> Frame | None:
+        if self.slice.first:
+            return None
+        specs = [state.spec_of(array) for array in self.slice.stand_ins(*header.batch_shape)]
+        return state.zero_frame(header.id, specs)
+
+
+def _concatenate(arrays: Sequence[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays), axis=0)
+
+
+def _spread(array: mx.array, good: Sequence[int], num_rows: int) -> mx.array:
+    """Rows at their places among ``num_rows``, zeros where a row failed."""
+    if len(good) == num_rows:
+        return array
+    full = mx.zeros((num_rows, *array.shape[1:]), array.dtype)
+    full[mx.array(list(good))] = array
+    return full
