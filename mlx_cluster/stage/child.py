@@ -14,9 +14,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from mlx_cluster import lifeline, log
 from mlx_cluster.errors import ClusterError
@@ -125,14 +125,14 @@ class StageChild:
 
     async def run(self) -> int:
         """From the spec to the end."""
-        life = asyncio.current_task()
-        assert life is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, life.cancel)
         async with contextlib.AsyncExitStack() as cleanup:
+            # A task of its own: SIGTERM ends the life, not the clean-up after it.
+            life = asyncio.create_task(self._live(AgentVoice(), cleanup), name="life of the stage")
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, life.cancel)
             # Told before the clean-up, which may take seconds and must not delay the agent.
-            return await self._told(self._live(AgentVoice(), cleanup))
+            return await self._told(life)
 
-    async def _told(self, life: Coroutine[Any, Any, None]) -> int:
+    async def _told(self, life: asyncio.Task[None]) -> int:
         """Await the process's life; tell the agent how it ended and give the exit code."""
         try:
             await life
@@ -239,7 +239,7 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
     from mlx_cluster.model.runner import SliceRunner  # only here: an emulated stage must not need mlx
 
     runner = SliceRunner.load(
-        spec.model_dir,
+        Path(spec.model_dir),
         assignment.start,
         assignment.end,
         device=spec.device,

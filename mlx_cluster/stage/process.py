@@ -9,7 +9,6 @@ an end by itself the process does not exist any more.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -59,7 +58,7 @@ class StageProcess:
     ) -> StageProcess:
         """Spawn it and hand it the spec. Raises ``StageStartError`` when it cannot be started."""
         self = cls(spec, on_progress=on_progress, on_exit=on_exit)
-        env = {"GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "ERROR")} | blas.environment(
+        env = blas.environment(
             blas.find(), threads=runtime.threads, preload=runtime.blas == "auto" and spec.device != "gpu"
         )
         try:

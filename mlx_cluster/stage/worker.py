@@ -169,9 +169,11 @@ class Worker:
         if self._crashed.done():
             return
         logger.error("a microbatch crashed", stage=self._stage, microbatch=microbatch_id, exc_info=error)
-        cause = StageLost(f"stage {self._stage} crashed in microbatch {microbatch_id}: {_describe(error)}")
-        cause.__cause__ = error
-        self._crashed.set_exception(cause)
+        if not isinstance(error, ClusterError):
+            cause = StageLost(f"stage {self._stage} crashed in microbatch {microbatch_id}: {_describe(error)}")
+            cause.__cause__ = error
+            error = cause
+        self._crashed.set_exception(error)
 
     # -- mlx thread -----------------------------------------------------------------------------------
 

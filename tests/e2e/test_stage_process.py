@@ -15,12 +15,15 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import mlx.core as mx
+import mlx_lm
 import pytest
+from mlx_lm.generate import generate_step
 
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import RuntimeSection
 from mlx_cluster.engine.stages import RUN_METHOD, StageStream
-from mlx_cluster.errors import LinkUnavailable, PortInUse, StageStartError
+from mlx_cluster.errors import CheckpointError, LinkUnavailable, PortInUse, StageStartError
 from mlx_cluster.microbatch import Kind, Microbatch, Report, RowSpec
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
 from mlx_cluster.request import Sampling
@@ -28,6 +31,7 @@ from mlx_cluster.stage.emulation import scripted_token
 from mlx_cluster.stage.process import StageProcess
 from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, EmulationSpec, LinkCommand, StageEvent, StageSpec
 from mlx_cluster.wire import encode_microbatch
+from tests.tiny_models import write_tiny_model
 
 PATIENCE_SECONDS = 60.0
 EPOCH = Epoch(3, 1)
@@ -72,6 +76,12 @@ class Held:
         self.process: StageProcess
         self.exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.events: list[StageEvent] = []
+        self.failed = asyncio.Event()
+
+    def hear(self, event: StageEvent) -> None:
+        self.events.append(event)
+        if event.type == "failed":
+            self.failed.set()
 
     async def reason(self) -> str:
         return await asyncio.wait_for(asyncio.shield(self.exit), PATIENCE_SECONDS)
@@ -83,7 +93,7 @@ async def started(*specs: StageSpec, runtime: RuntimeSection | None = None) -> A
     try:
         for one, spec in zip(held, specs, strict=True):
             one.process = await StageProcess.start(
-                spec, runtime or RuntimeSection(), on_progress=one.events.append, on_exit=one.exit.set_result
+                spec, runtime or RuntimeSection(), on_progress=one.hear, on_exit=one.exit.set_result
             )
         yield held
     finally:
@@ -222,6 +232,17 @@ async def test_a_killed_stage_ends_its_neighbour_and_both_are_told() -> None:
         assert reason.startswith("link_closed: "), "the stage says why before it goes"
 
 
+async def test_a_stop_in_the_middle_of_an_end_changes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    two = plan(2)
+    async with linked(spec_of(two, 0), spec_of(two, 1)) as (held, addresses):
+        async with Engine(two, addresses):
+            pass
+        for one in held:
+            await asyncio.wait_for(one.failed.wait(), PATIENCE_SECONDS)
+            await one.process.stop()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 async def test_a_stopped_stage_can_be_stopped() -> None:
     async with started(spec_of(plan(1), 0)) as (held,):
         await held.process.loaded()
@@ -255,6 +276,56 @@ async def test_a_neighbour_that_is_not_there_is_a_link_error() -> None:
             with pytest.raises(LinkUnavailable, match=nobody):
                 await held.process.link(LinkCommand("grpc", (address, nobody), timeout_seconds=0.5))
         assert nobody in await held.reason()
+
+
+# -- real slices -------------------------------------------------------------------------------------
+
+PROMPT = (65, 66, 67, 68, 69, 70, 71)
+NUM_TOKENS = 6
+
+
+def alone(model_dir: Path) -> list[int]:
+    """What one process with all layers says, by mlx-lm itself."""
+    model, _ = mlx_lm.load(str(model_dir))
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=NUM_TOKENS)
+    return [int(token) for token, _ in steps]
+
+
+async def test_two_processes_with_half_a_model_each_say_what_one_says(tmp_path: Path) -> None:
+    model_dir = write_tiny_model(tmp_path / "tiny", layers=4, width=64, vocab=320)
+    two = plan(2, model="tiny")
+    specs = [
+        replace(spec_of(two, i), emulation=None, model_dir=str(model_dir), device="cpu", memory_budget_bytes=2**30)
+        for i in range(2)
+    ]
+    async with linked(*specs) as (held, addresses), Engine(two, addresses) as engine:
+        loading = [event for event in held[0].events if event.type == "loading"]
+        assert loading
+        assert loading[-1].done_bytes == loading[-1].total_bytes > 0
+        assert (await held[0].process.loaded()).memory_bytes > 0
+        # The prompt in two chunks that follow each other without waiting, then one step after the other.
+        spec = RowSpec(1, GREEDY, choice=0)
+        engine.put(Microbatch(0, Kind.PREFILL, rows=(1,), tokens=PROMPT[:4], admit=(spec,)))
+        engine.put(Microbatch(1, Kind.PREFILL, rows=(1,), tokens=PROMPT[4:], sample=True))
+        tokens: list[int] = []
+        assert (await engine.report(1)).sampled == ()
+        for i in range(NUM_TOKENS):
+            report = await engine.report(1)
+            assert not report.failed
+            tokens.append(report.sampled[0].token_id)
+            if i + 1 < NUM_TOKENS:
+                engine.put(Microbatch(i + 2, Kind.DECODE, rows=(1,), tokens=(tokens[-1],), sample=True))
+        first = await engine.report(0)
+        assert first.sent_bytes == 4 * 64 * 4
+    assert tokens == alone(model_dir)
+
+
+async def test_a_missing_checkpoint_is_told_as_such(tmp_path: Path) -> None:
+    spec = replace(spec_of(plan(1), 0), emulation=None, model_dir=str(tmp_path / "nothing"), device="cpu")
+    async with started(spec) as (held,):
+        with pytest.raises(CheckpointError, match="nothing"):
+            await held.process.loaded()
+        assert "nothing" in await held.reason()
 
 
 # -- agents that die or freeze ----------------------------------------------------------------------
