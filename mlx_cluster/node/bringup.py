@@ -109,6 +109,10 @@ class PipelineDriver:
         """Some node of the cluster died or came back: look again."""
         self._nodes_changed.set()
 
+    def crashed(self) -> None:
+        """``run`` ended by a bug: say so for as long as this plan is in force."""
+        self._tell("failed", "internal error: see the log of this node")
+
     async def run(self) -> None:
         failures = 0
         loop = asyncio.get_running_loop()

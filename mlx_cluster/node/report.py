@@ -26,8 +26,10 @@ def cluster(name: str, view: ClusterView, leadership: Leadership, document: Clus
         "cluster": name,
         "coordinator": {"node_id": leadership.node_id, "term": leadership.term},
         "nodes": [_node(node) for node in view.nodes],
-        "pipelines": pipelines(view, document),
-        "unplaced": unplaced(view, leadership),
+        "pipelines": [
+            *pipelines(view, document),
+            *(_unplaced(model, why) for model, why in unplaced(view, leadership).items()),
+        ],
     }
 
 
@@ -144,6 +146,21 @@ def _stage_of(view: ClusterView, running: Plan, index: int, epoch: Epoch) -> Sta
     return next(
         (s for s in node.status.stages if (s.pipeline, s.index, s.epoch) == (running.pipeline, index, epoch)), None
     )
+
+
+def _unplaced(model: str, why: str) -> Json:
+    """A model without a plan, in the shape of a pipeline: it failed before it had an epoch or a stage."""
+    return {
+        "model": model,
+        "epoch": "0.0",
+        "state": "failed",
+        "transport": "",
+        "engine_node_id": None,
+        "stages": [],
+        "detail": why,
+        "transport_reason": "",
+        "progress": progress(()),
+    }
 
 
 def progress(stages: Iterable[StageStatus]) -> Json:

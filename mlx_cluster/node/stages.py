@@ -16,6 +16,7 @@ from typing import Protocol
 from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.status import StageState, StageStatus
+from mlx_cluster.config.ports import is_free
 from mlx_cluster.errors import ClusterError, Fenced, StageStartError
 from mlx_cluster.node.leases import Lease, PortLeases
 from mlx_cluster.node.state import NodeState
@@ -113,6 +114,10 @@ class StageHost:
     def num_running(self) -> int:
         return sum(1 for held in self._held.values() if held.process is not None)
 
+    def stage_port(self, host: str, wanted: int) -> int:
+        """The node's stage port for its first stage, 0 (any) for further ones or while somebody else holds it."""
+        return wanted if self.num_running == 0 and is_free(host, wanted) else 0
+
     # -- start -----------------------------------------------------------------------------------------
 
     async def start(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
@@ -158,8 +163,8 @@ class StageHost:
             current = self._held.get((plan.pipeline, index))
             if current is not None and current.epoch >= epoch:
                 raise Fenced(f"stage {index} of {plan.pipeline} was already started in epoch {current.epoch}")
-            spec = self._make_spec(plan, index, epoch)
             await self._end_pipeline(plan.pipeline, older_than=epoch)
+            spec = self._make_spec(plan, index, epoch)
             held = _Held(plan, index, epoch)
             if plan.transport not in _WITHOUT_MLX:
                 held.lease = self._leases.lease(self._mlx_host)

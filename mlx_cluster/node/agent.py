@@ -1,0 +1,467 @@
+"""The agent of a node: it hears the others, follows the cluster document, and answers the other agents.
+
+Owns: the heartbeat of decisions (table → leader → coordinator → document), convergence on the document in force, the
+drivers of the pipelines whose stage 0 is here.
+Does not own: the decisions themselves (``cluster``), ports and HTTP (``servers``), processes (``stages``).
+Invariant: nothing is started before a coordinator of this boot has confirmed the document; a stage that the document
+does not name is not started, and one that it no longer names is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from mlx_cluster import log
+from mlx_cluster._pb import cluster_pb2
+from mlx_cluster.cluster.coordinator import Coordinator, available_bytes, push
+from mlx_cluster.cluster.document import ClusterDocument
+from mlx_cluster.cluster.leader import Leadership, LowestLiveNode
+from mlx_cluster.cluster.membership import ClusterView, Membership
+from mlx_cluster.cluster.rpc import ClusterClient, HeartbeatThread, open_channel
+from mlx_cluster.cluster.status import NodeStatus, PipelineStatus
+from mlx_cluster.config.names import settings_of_node
+from mlx_cluster.config.quantity import parse_bytes
+from mlx_cluster.config.schema import Settings
+from mlx_cluster.engine.remote import RemoteEngine
+from mlx_cluster.errors import ClusterError, Fenced, Unavailable
+from mlx_cluster.node import machine
+from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, PipelineDriver, StageAgent, Timing
+from mlx_cluster.node.identity import Identity, ipv4_of
+from mlx_cluster.node.leases import PortLeases
+from mlx_cluster.node.models import LocalModels
+from mlx_cluster.node.placer import ClusterPlacer, with_transport
+from mlx_cluster.node.stages import StageHost, StageStarter
+from mlx_cluster.node.state import NodeState
+from mlx_cluster.plan import Epoch, Plan
+from mlx_cluster.request import Engine
+from mlx_cluster.stage.spec import StageSpec
+
+DOCUMENT_WAIT_SECONDS = 10.0  # a driver may know a document a moment before the others
+STALE_HEARTBEATS = 10  # an event loop that was silent for so many intervals is frozen: its node must look dead
+
+_log = log.get(__name__)
+
+
+class Agent:
+    """One per process, made inside the event loop. ``run`` beats until it is cancelled."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        identity: Identity,
+        models: LocalModels,
+        *,
+        start_process: StageStarter,
+        make_engine: EngineMaker,
+        timing: Timing,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings, self.identity, self.models = settings, identity, models
+        self._make_engine, self._timing, self._clock = make_engine, timing, clock
+        self._version = machine.versions()
+        self._boot_id, self._sequence = secrets.token_hex(6), 0
+        self._started = clock()
+        section = settings.coordinator
+        self._interval = section.heartbeat_interval
+        self.state = NodeState(identity.state_dir, settings.cluster.name)
+        self._membership = Membership(
+            identity.node_id, identity.members, self._version, self._interval, section.failure_threshold, self._started
+        )
+        self._leader_choice = LowestLiveNode(identity.node_id, self.state.document.term)
+        self._leadership = Leadership(None, self.state.document.term)
+        self._coordinator = Coordinator(
+            settings.models, ClusterPlacer(settings), settings.network.transport, self._started
+        )
+        self._unplaced: tuple[tuple[str, str], ...] = ()
+        self._free_bytes = machine.free_bytes()
+        self.stages = StageHost(
+            self.state,
+            self._make_spec,
+            start_process,
+            PortLeases(*settings.network.mlx_port_range),
+            advertised_host=identity.host,
+            mlx_host=ipv4_of(identity.host),
+            link_timeout_seconds=settings.network.connect_timeout,
+            on_change=self._change,
+        )
+        self._drivers: dict[str, tuple[PipelineDriver, asyncio.Task[None]]] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._confirmed = False
+        self._converge_needed = asyncio.Event()
+        self._document_changed = asyncio.Condition()
+        self._change_pending = False
+        self._known_boots: Mapping[int, str | None] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._heartbeats = HeartbeatThread(
+            identity.peers,
+            settings.cluster.name,
+            self._version,
+            self._interval,
+            on_status=self._hear,
+            on_refusal=self._refused,
+            max_stale_seconds=STALE_HEARTBEATS * self._interval,
+            clock=clock,
+        )
+        self.status = self._make_status()
+        self._membership.heard(self.status, self._started)
+        self.view: ClusterView = self._membership.view(self._started)
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    @property
+    def leads(self) -> bool:
+        return self._leadership.node_id == self.identity.node_id
+
+    def picture(self) -> tuple[ClusterView, Leadership, ClusterDocument]:
+        """What this node believes now."""
+        return self.view, self._leadership, self.state.document
+
+    async def run(self) -> None:
+        """Beat, converge and look after the machine, until cancelled."""
+        self._heartbeats.start()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beat(), name="heartbeat")
+            group.create_task(self._converge_always(), name="converge")
+            group.create_task(self._check_machine(), name="machine")
+
+    async def stop(self, grace_seconds: float) -> None:
+        """End drivers and stage processes; running requests hear that the node is stopping."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(self._end_driver(pipeline) for pipeline in list(self._drivers)))
+        await self.stages.stop_all(grace_seconds)
+        await asyncio.to_thread(self._heartbeats.stop)
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+
+    # -- the heartbeat of decisions ----------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        while True:
+            self._decide()
+            self._publish(at_once=False)
+            await asyncio.sleep(self._interval)
+
+    def _decide(self) -> None:
+        now = self._clock()
+        self.view = self._membership.tick(now)
+        self._notice_nodes()
+        self._leadership = self._leader_choice.observe(self.view)
+        decision = self._coordinator.decide(self.view, self._leadership, self.state.document, now)
+        self._unplaced = decision.unplaced
+        if decision.waiting:
+            _log.debug("coordinator waits", reason=decision.waiting)
+        if decision.commit is not None:
+            _log.info("document committed", rank=decision.commit.rank, plans=_describe(decision.commit))
+            self._take(decision.commit)
+        elif not self._confirmed and self._leader_confirms():
+            self._confirmed = True
+            self._converge_needed.set()
+        if decision.push:
+            self._spawn(push(self.state.document, decision.push, self._put), "push document")
+
+    def _leader_confirms(self) -> bool:
+        """Whether the living leader works, in its present term, with the very document that this node remembers."""
+        leader = self.view.node(self._leadership.node_id) if self._leadership.node_id is not None else None
+        if leader is None or leader.status is None or leader.node_id == self.identity.node_id:
+            return False
+        word = leader.status
+        ours = self.state.document
+        return word.document == ours.rank and word.document_hash == ours.hash() and word.document[0] == word.term
+
+    def _notice_nodes(self) -> None:
+        """Tell the drivers when somebody died, came, or came back as another boot."""
+        boots = {n.node_id: n.status.boot_id if n.status and n.state != "dead" else None for n in self.view.nodes}
+        if boots == self._known_boots:
+            return
+        for node_id, boot in boots.items():
+            if boot != self._known_boots.get(node_id):
+                state = "alive" if boot else "dead"
+                _log.info("node " + state, node=self.view.name_of(node_id), boot=boot)
+        self._known_boots = boots
+        for driver, _ in self._drivers.values():
+            driver.nodes_changed()
+
+    def _take(self, document: ClusterDocument) -> None:
+        """Accept a document and have everything follow it. Raises as ``document.accept``."""
+        self.state.accept(document)
+        self._confirmed = True
+        self._converge_needed.set()
+        self._spawn(self._announce_document(), "announce document")
+        self._change()
+
+    async def _announce_document(self) -> None:
+        async with self._document_changed:
+            self._document_changed.notify_all()
+
+    async def _put(self, node_id: int, document: ClusterDocument) -> None:
+        await self._client(node_id).put_document(document)
+
+    async def _check_machine(self) -> None:
+        """The slow look: free memory, and models that have been copied here meanwhile."""
+        while True:
+            self._free_bytes = await asyncio.to_thread(machine.free_bytes)
+            if await self.models.refresh():
+                self._change()
+            await asyncio.sleep(self.settings.coordinator.health_check_interval)
+
+    # -- what this node says and hears ---------------------------------------------------------------------
+
+    def _make_status(self) -> NodeStatus:
+        identity = self.identity
+        self._sequence += 1
+        budget = settings_of_node(self.settings, identity.entry).memory_budget
+        total = min(machine.total_bytes(), parse_bytes(budget)) if budget else machine.total_bytes()
+        held = self.stages.statuses()
+        # A budget caps what stages may take together; what they hold already is no longer free.
+        free = min(self._free_bytes, max(0, total - sum(s.memory_bytes for s in held)))
+        return NodeStatus(
+            node_id=identity.node_id,
+            name=identity.name,
+            pid=os.getpid(),
+            host=identity.host,
+            machine=machine.name(),
+            boot_id=self._boot_id,
+            sequence=self._sequence,
+            version=self._version,
+            gateway_url=identity.gateway_url,
+            admin_url=identity.admin_url,
+            comms_address=identity.comms_address,
+            memory_total_bytes=total,
+            memory_free_bytes=free,
+            cores=machine.cores(),
+            leader=self._leadership.node_id,
+            term=self._leadership.term,
+            document=self.state.document.rank,
+            document_hash=self.state.document.hash(),
+            models=self.models.facts,
+            missing=self.models.missing,
+            stages=held,
+            pipelines=tuple(driver.status for driver, _ in self._drivers.values()),
+            epochs=self.state.epochs,
+            unplaced=self._unplaced,
+        )
+
+    def _publish(self, *, at_once: bool) -> None:
+        self.status = self._make_status()
+        self._membership.heard(self.status, self._clock())
+        self.view = self._membership.view(self._clock())
+        self._heartbeats.publish(self.status, at_once=at_once)
+
+    def _change(self) -> None:
+        """Something of this node changed: tell everybody now, once for all changes of this turn of the loop."""
+        if not self._change_pending:
+            self._change_pending = True
+            asyncio.get_running_loop().call_soon(self._publish_change)
+
+    def _publish_change(self) -> None:
+        self._change_pending = False
+        self._publish(at_once=True)
+
+    def _hear(self, status: NodeStatus) -> None:
+        try:
+            self.heartbeat(status)
+        except ClusterError as error:
+            _log.warning("heartbeat refused", node=status.node_id, reason=str(error))
+
+    def _refused(self, node_id: int, error: ClusterError) -> None:
+        _log.warning("our heartbeat was refused", by=self.view.name_of(node_id), code=error.code, reason=str(error))
+
+    # -- what other agents ask (``rpc.ClusterHandler``) -----------------------------------------------------
+
+    def heartbeat(self, status: NodeStatus) -> NodeStatus:
+        now = self._clock()
+        if self._membership.heard(status, now):
+            self.view = self._membership.view(now)
+        return self.status
+
+    async def put_document(self, document: ClusterDocument) -> None:
+        self._take(document)
+
+    async def start_stage(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
+        """Start a stage that the document in force gives to this node. Raises ``Fenced`` otherwise."""
+        await self._await_document(plan)
+        ours = self.state.document.plan(plan.pipeline)
+        if ours is None or _without_transport(ours) != _without_transport(plan):
+            version = ours.version if ours else None
+            raise Fenced(
+                f"{self.identity.name} follows plan {version} of {plan.pipeline}; it does not start plan {plan.version}"
+            )
+        if plan.stages[index].node_id != self.identity.node_id or epoch.version != plan.version:
+            raise Fenced(f"stage {index} of {plan.pipeline} in epoch {epoch} is not {self.identity.name}'s")
+        async for progress in self.stages.start(plan, index, epoch):
+            yield progress
+
+    async def link_stage(self, request: cluster_pb2.LinkStageRequest) -> None:
+        await self.stages.link(request)
+
+    async def stop_stage(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None:
+        await self.stages.stop(pipeline, index, epoch, reason)
+
+    async def _await_document(self, plan: Plan) -> None:
+        def knows() -> bool:
+            ours = self.state.document.plan(plan.pipeline)
+            return self._confirmed and ours is not None and ours.version >= plan.version
+
+        try:
+            async with asyncio.timeout(DOCUMENT_WAIT_SECONDS), self._document_changed:
+                await self._document_changed.wait_for(knows)
+        except TimeoutError:
+            raise Fenced(
+                f"{self.identity.name} has not got plan {plan.version} of {plan.pipeline} from the coordinator"
+            ) from None
+
+    # -- convergence on the document -------------------------------------------------------------------------
+
+    async def _converge_always(self) -> None:
+        while True:
+            await self._converge_needed.wait()
+            self._converge_needed.clear()
+            await self._converge(self.state.document)
+
+    async def _converge(self, document: ClusterDocument) -> None:
+        """First end what the document no longer names, then drive what it gives to this node."""
+        mine = {p.pipeline: p for p in document.plans if p.engine_node_id == self.identity.node_id}
+        stale = [name for name, (driver, _) in self._drivers.items() if mine.get(name) != driver.plan]
+        await asyncio.gather(*(self._end_driver(name) for name in stale))
+        await self.stages.keep_only(document.plans)
+        for name, plan in mine.items():
+            if name not in self._drivers:
+                driver = self._make_driver(plan)
+                self._drivers[name] = (driver, asyncio.create_task(self._drive(driver), name=f"drive {name}"))
+        self._change()
+
+    def _make_driver(self, plan: Plan) -> PipelineDriver:
+        return PipelineDriver(
+            plan,
+            agents=self._agent,
+            next_epoch=self._next_epoch,
+            make_engine=self._make_engine,
+            choose_transport=lambda plan, failed: with_transport(self.settings, plan, self.view.living, failed),
+            dead_node=self._dead_node,
+            on_change=self._change,
+            timing=self._timing,
+        )
+
+    async def _drive(self, driver: PipelineDriver) -> None:
+        try:
+            await driver.run()
+        except Exception:  # noqa: BLE001  # logged with its traceback
+            # The root of the driver: a bug must show as a failed pipeline, not as one that is loading for ever.
+            _log.exception("driver ended", pipeline=driver.plan.pipeline)
+            driver.crashed()
+
+    async def _end_driver(self, pipeline: str) -> None:
+        _, task = self._drivers.pop(pipeline)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def _next_epoch(self, plan: Plan) -> Epoch:
+        """Persisted before it is used, and above whatever a living node has seen of this plan."""
+        named = [
+            epoch
+            for status in self.view.living
+            for pipeline, epoch in status.epochs
+            if pipeline == plan.pipeline and epoch.version == plan.version
+        ]
+        return self.state.next_epoch(plan.pipeline, plan.version, max(named, default=None))
+
+    def _dead_node(self, plan: Plan) -> str:
+        for stage in plan.stages:
+            node = self.view.node(stage.node_id)
+            if node is None or node.state == "dead":
+                return f"{self.view.name_of(stage.node_id)} is dead ({node.detail if node else 'unknown'})"
+        return ""
+
+    def _make_spec(self, plan: Plan, index: int, epoch: Epoch) -> StageSpec:
+        """Raises ``CheckpointError`` when this node's model is not the plan's."""
+        runtime = self.settings.runtime
+        return StageSpec(
+            plan=plan,
+            index=index,
+            epoch=epoch,
+            model_dir=str(self.models.directory_for(plan)),
+            host=self.identity.bind_host,
+            port=self.stages.stage_port(self.identity.bind_host, self.identity.ports.stage),
+            device=runtime.device,
+            dequantize=runtime.dequantize,
+            memory_budget_bytes=available_bytes(self.status, plan.pipeline, self.view.living),
+            link_timeout_seconds=self.settings.network.link_timeout,
+            log_level=self.settings.log.level,
+        )
+
+    # -- engines and other agents ------------------------------------------------------------------------------
+
+    def local_engine(self, pipeline: str) -> DrivenEngine | None:
+        """The engine of a pipeline that is ready and driven here, else None."""
+        found = self._drivers.get(pipeline)
+        return found[0].engine if found is not None else None
+
+    def resolve_engine(self, model_id: str) -> Engine:
+        """For gateways of other nodes. Raises ``Unavailable`` with the state of the pipeline."""
+        engine = self.local_engine(model_id)
+        if engine is None:
+            found = self._drivers.get(model_id)
+            status: PipelineStatus | None = found[0].status if found is not None else None
+            what = f"is {status.state}: {status.detail}" if status is not None else "is not driven here any more"
+            raise Unavailable(f"{model_id} {what}")
+        return engine
+
+    def remote_engine(self, address: str) -> Engine:
+        return RemoteEngine(self._channel(address))
+
+    def _agent(self, node_id: int) -> StageAgent:
+        return _OwnAgent(self) if node_id == self.identity.node_id else self._client(node_id)
+
+    def _client(self, node_id: int) -> ClusterClient:
+        channel = self._channel(self.identity.peers[node_id])
+        return ClusterClient(channel, self.settings.cluster.name, self.view.name_of(node_id))
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address)
+        return self._channels[address]
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _OwnAgent:
+    """This node's agent, as its own drivers ask it: no network in between, the same deadlines."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def start_stage(
+        self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
+        async for progress in self._agent.start_stage(plan, index, epoch):
+            yield progress
+
+    async def link_stage(self, request: cluster_pb2.LinkStageRequest, timeout_seconds: float) -> None:
+        await self._agent.link_stage(request)
+
+    async def stop_stage(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None:
+        await self._agent.stop_stage(pipeline, index, epoch, reason)
+
+
+def _without_transport(plan: Plan) -> Plan:
+    """The driver may choose another kind of link than the document says, and nothing else."""
+    return replace(plan, transport="", transport_reason="")
+
+
+def _describe(document: ClusterDocument) -> dict[str, list[str]]:
+    return {p.pipeline: [f"{s.node_id}:[{s.start},{s.end})" for s in p.stages] for p in document.plans}

@@ -1,0 +1,125 @@
+"""A node from start to end: settings in, exit code out.
+
+Owns: the order of start and stop, signals, the real stage processes and engines that the agent is composed with.
+Does not own: any of the parts. Invariant: an orderly stop ends within ``STOP_SECONDS``, and leaves no stage process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+
+from mlx_cluster import log
+from mlx_cluster.config.load import Loaded
+from mlx_cluster.config.schema import Settings
+from mlx_cluster.engine.engine import PipelineEngine
+from mlx_cluster.node.agent import Agent
+from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
+from mlx_cluster.node.identity import Identity, identify
+from mlx_cluster.node.models import LocalModels
+from mlx_cluster.node.servers import NodeServers
+from mlx_cluster.node.stages import StageHandle, StageStarter
+from mlx_cluster.plan import Epoch, Plan
+from mlx_cluster.stage.process import StageProcess
+from mlx_cluster.stage.spec import StageEvent, StageSpec
+
+STOP_SECONDS = 3.5
+STAGE_GRACE_SECONDS = 1.5
+CANARY_SECONDS = 120.0  # the first token may wait for kernels to be compiled
+
+_log = log.get(__name__)
+
+
+def run_node(loaded: Loaded, node: str) -> int:
+    """Run the agent of ``node`` until SIGTERM or SIGINT; 0 after an orderly stop. Raises ``ClusterError`` at start."""
+    # gRPC's own resolver is unreliable with .local names on macOS; read when gRPC first resolves.
+    os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
+    settings = loaded.settings
+    identity = identify(settings, node)
+    log.configure(settings.log.level, settings.log.format, node=identity.name)
+    return asyncio.run(_run(settings, identity))
+
+
+async def _run(settings: Settings, identity: Identity) -> int:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    models = LocalModels(settings, identity.entry)
+    await models.refresh()
+    agent = Agent(
+        settings,
+        identity,
+        models,
+        start_process=stage_starter(settings),
+        make_engine=engine_maker(settings, models),
+        timing=Timing(
+            load_seconds=settings.runtime.load_timeout,
+            link_seconds=settings.network.connect_timeout,
+            canary_seconds=CANARY_SECONDS,
+        ),
+    )
+    servers = NodeServers(agent)
+    try:
+        await servers.start()
+        _log.info("node runs", pid=os.getpid(), gateway=identity.gateway_url, admin=identity.admin_url)
+        await _until(stopping, agent.run, servers.run)
+    finally:
+        await _stop(agent, servers)
+    return 0
+
+
+async def _until(stopping: asyncio.Event, *parts: Callable[[], Awaitable[None]]) -> None:
+    """Run the parts until ``stopping`` is set; a part that fails ends the node with its error."""
+    tasks = [asyncio.ensure_future(part()) for part in parts]
+    stop = asyncio.create_task(stopping.wait(), name="stop signal")
+    try:
+        done, _ = await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stop}:
+            task.result()
+    finally:
+        for task in (stop, *tasks):
+            task.cancel()
+        await asyncio.gather(stop, *tasks, return_exceptions=True)
+
+
+async def _stop(agent: Agent, servers: NodeServers) -> None:
+    """Drivers first, so that running requests hear why; whatever hangs is left to the lifelines of the children."""
+    _log.info("node stops")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STOP_SECONDS):
+            await asyncio.gather(agent.stop(STAGE_GRACE_SECONDS), servers.stop())
+            return
+    _log.warning("the stop took too long: what is left is killed")
+
+
+def stage_starter(settings: Settings) -> StageStarter:
+    """Real stage processes."""
+
+    async def start(
+        spec: StageSpec, *, on_progress: Callable[[StageEvent], None], on_exit: Callable[[str], None]
+    ) -> StageHandle:
+        return await StageProcess.start(spec, settings.runtime, on_progress=on_progress, on_exit=on_exit)
+
+    return start
+
+
+def engine_maker(settings: Settings, models: LocalModels) -> EngineMaker:
+    """Real engines."""
+
+    def make(plan: Plan, epoch: Epoch, stage_addresses: Sequence[str]) -> DrivenEngine:
+        local = models.get(plan.model.id)
+        assert local is not None, "stage 0 of this plan was started from this node's own directory"
+        return PipelineEngine(
+            plan,
+            epoch,
+            stage_addresses,
+            settings.scheduler,
+            max_context=local.facts.max_context,
+            report_deadline_seconds=settings.runtime.hang_timeout,
+        )
+
+    return make
