@@ -103,7 +103,7 @@ def mlx_lm(ranks: int, model: Path, extra: tuple[str, ...]) -> tuple[list[subpro
     port, *ring = free_ports(ranks + 1)
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port), *extra]
     command += ["--log-level", "ERROR"]
-    env = {**os.environ, **blas.environment(threads=1)}
+    env = {**os.environ, **blas.environment(blas.find(), threads=1)}
     if ranks == 1:
         return [_popen(command, env)], f"http://127.0.0.1:{port}/v1", "default_model"
     hosts = Path(tempfile.mkdtemp()) / "hosts.json"
