@@ -75,7 +75,7 @@ class Worker:
         self._headers: asyncio.Queue[tuple[Microbatch, float]] = asyncio.Queue(MAX_HEADERS)
         self._outbox: asyncio.Queue[Frame] = asyncio.Queue()  # bounded by _in_hand
         self._in_hand = asyncio.Semaphore(MAX_IN_HAND)
-        self._depth = threading.Semaphore(DEVICE_DEPTH)
+        self._depth = asyncio.Semaphore(DEVICE_DEPTH)
         self._waiting: SimpleQueue[_Job | None] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._crashed: asyncio.Future[None] = self._loop.create_future()
@@ -124,10 +124,16 @@ class Worker:
                         f"stage {self._stage} expects the hidden state of microbatch {header.id}, "
                         f"that of {frame.microbatch_id} came: the stages are out of step"
                     )
-            self._device.post(functools.partial(self._dispatch, _Job(header, frame, arrived_at, self._clock())))
+            ready_at = self._clock()
+            await self._depth.acquire()
+            self._device.post(functools.partial(self._dispatch, _Job(header, frame, arrived_at, ready_at)))
 
     def _finish(self, job: _Job, outcome: Outcome, compute_seconds: float, wait_seconds: float) -> None:
-        """Called in the loop when a microbatch is computed: first wake the sender, then write the report."""
+        """Called in the loop when a microbatch is computed; the order of what it wakes is the order of urgency.
+
+        The next stage waits for the frame and the engine for the report, while the device is busy with the microbatch
+        behind; only then may the mlx thread build another graph, which takes the GIL for milliseconds.
+        """
         if self._over:
             return
         header = job.header
@@ -150,8 +156,8 @@ class Worker:
             sampled=outcome.sampled,
             failed=outcome.failed,
         )
-        # Behind the sender's wake-up in the loop's queue: the next stage waits for the frame, nobody for the report.
         self._loop.call_soon(self._report, report)
+        self._depth.release()
 
     def _report(self, report: Report) -> None:
         if not self._over:
@@ -178,16 +184,13 @@ class Worker:
     # -- mlx thread -----------------------------------------------------------------------------------
 
     def _dispatch(self, job: _Job) -> None:
-        self._depth.acquire()
         if self._over:
-            self._depth.release()
             return
         job.dispatched_at = self._clock()
         try:
             job.pending = self._runner.submit(job.header, job.frame)
         except Exception as error:  # noqa: BLE001  # the root of a microbatch: ``_crash`` logs it and ends the epoch
             self._over = True  # at once: what stands behind it in the queue must not run
-            self._depth.release()
             self._call(self._crash, job.header.id, error)
             return
         job.frame = None
@@ -205,9 +208,7 @@ class Worker:
                 self._over = True
                 self._call(self._crash, job.header.id, error)
                 continue
-            finally:
-                done = self._clock()
-                self._depth.release()
+            done = self._clock()
             # Before the first one nothing was done: waiting begins with its header.
             waited = max(0.0, job.ready_at - (job.arrived_at if previous is None else previous))
             compute = done - (job.dispatched_at if previous is None else max(job.dispatched_at, previous))
