@@ -28,13 +28,17 @@ MAX_ESTIMATE_ERROR = 0.25  # a guess of memory further off than this is worth a 
 class ModelCosts:
     """Weights in bytes: embedding, each layer, final norm and head.
 
-    ``kv_bytes`` is the promised cache of one layer: it takes memory, not time.
+    ``kv_bytes`` is the promised cache of one layer: it takes memory, not time. With ``tied`` the head reads the
+    embedding, so the last stage holds it too. ``legal_cuts`` are the layers at which a stage may start (None: any).
     """
 
     embedding_bytes: int
     layer_bytes: tuple[int, ...]
     head_bytes: int
     kv_bytes: int = 0
+    tied: bool = False
+    embedding_everywhere: bool = False
+    legal_cuts: frozenset[int] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -139,16 +143,23 @@ class _Table:
     def memory(self, start: int, end: int) -> int:
         """Bytes of weights and promised cache that a stage ``[start, end)`` holds."""
         weights = self._sums[end] - self._sums[start]
-        if start == 0:
+        last = end == self.num_layers
+        if start == 0 or self.costs.embedding_everywhere or (last and self.costs.tied):
             weights += self.costs.embedding_bytes
-        if end == self.num_layers:
+        if last:
             weights += self.costs.head_bytes
         return weights + (end - start) * self.costs.kv_bytes
 
     def time(self, node: int, start: int, end: int) -> int:
         """Bytes read per step over the node's speed."""
-        read = self._sums[end] - self._sums[start] + (self.costs.head_bytes if end == self.num_layers else 0)
+        read = self._sums[end] - self._sums[start]
+        if end == self.num_layers:
+            read += self.costs.head_bytes + (self.costs.embedding_bytes if self.costs.tied else 0)
         return round(read * (self._fastest / self.nodes[node].speed))
+
+    def may_end(self, end: int) -> bool:
+        """Whether the family of the model allows a stage to end before layer ``end``."""
+        return end == self.num_layers or self.costs.legal_cuts is None or end in self.costs.legal_cuts
 
     def excess(self, node: int, start: int, end: int) -> int:
         """Bytes above the node's budget."""
@@ -182,7 +193,7 @@ def _best(
         current = dict(best)  # leave this node out
         for start in range(table.num_layers):
             for end in range(table.num_layers, start, -1):
-                if end not in best:
+                if end not in best or not table.may_end(end):
                     continue
                 behind, ranges = best[end]
                 own = value(node, start, end)
@@ -250,6 +261,10 @@ def _obey(table: _Table, manual: Sequence[ManualRange]) -> Placement:
     ids = [m.node_id for m in ordered]
     if len(set(ids)) != len(ids):
         raise PlanError(f"the split gives a node two stages (nodes {ids}): join them into one range")
+    for m in ordered:
+        if not table.may_end(m.end):
+            legal = ", ".join(map(str, sorted(table.costs.legal_cuts or ())))
+            raise PlanError(f"this model cannot be cut before layer {m.end}: its layers may be cut before {legal}")
     index_of = {node.node_id: index for index, node in enumerate(table.nodes)}
     ranges = [_Range(index_of[m.node_id], m.start, m.end) for m in ordered]
     for r in ranges:

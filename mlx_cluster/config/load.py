@@ -159,7 +159,11 @@ def written_layer(name: LayerName, schema: keys.Schema, values: Mapping[str, Any
     layer = Layer(name)
     source = "command line" if name == "manual" else name
     for key, value in values.items():
-        _put(layer, keys.path_of_key(schema, key, known), value, (f"{source} {key}", None))
+        path = keys.path_of_key(schema, key, known)
+        _put(layer, path, value, (f"{source} {key}", None))
+        for leaf, _ in keys.leaves(layer.tree, schema):
+            if leaf[: len(path)] == path:
+                layer.places[leaf] = (f"{source} {keys.dotted(leaf)}", None)
     return layer
 
 
@@ -189,7 +193,12 @@ def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and value is None:
+            del merged[key]  # "nothing" takes back what lower layers said of a section
+        elif isinstance(value, Mapping):
+            merged[key] = _overlay(old if isinstance(old, Mapping) else {}, value)
+        else:
+            merged[key] = value
     return merged
 
 

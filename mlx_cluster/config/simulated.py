@@ -66,10 +66,16 @@ def demo_entry(num_nodes: int, path: str) -> dict[str, Any]:
     return entry
 
 
-def on_this_machine(settings: Settings) -> dict[str, Any]:
-    """Manual keys that bring every node of a real cluster's settings to this machine, names and ports kept."""
-    nodes = [
-        entry.model_dump(mode="json", exclude_defaults=True) | {"host": HOST, "name": node_name(entry)}
-        for entry in settings.cluster.nodes
-    ]
+def on_this_machine(settings: Settings, base: int | None = None) -> dict[str, Any]:
+    """Manual keys that bring every node of a real cluster's settings to this machine, names kept.
+
+    Ports are kept too, unless ``base`` asks for new ones.
+    """
+    nodes = []
+    for place, entry in enumerate(settings.cluster.nodes):
+        node = entry.model_dump(mode="json", exclude_defaults=True) | {"host": HOST, "name": node_name(entry)}
+        if base is not None:
+            own = base_port(place, base, settings.coordinator.port)
+            node["ports"] = [own + offset for offset in range(5)]
+        nodes.append(node)
     return {"cluster.nodes": nodes, "api_gateway.host": HOST}

@@ -93,6 +93,21 @@ def test_a_stage_tells_why() -> None:
     assert placed.reason.startswith("automatic: the slowest stage (mini1)")
 
 
+def test_a_tied_head_takes_the_embedding_along() -> None:
+    tied = ModelCosts(300, (100,) * 8, 10, tied=True)
+    assert [s.memory_bytes for s in place(tied, nodes(None, None)).stages] == [900, 510]
+    assert [s.memory_bytes for s in place(tied, nodes(None)).stages] == [1110]
+    everywhere = ModelCosts(300, (100,) * 9, 0, embedding_everywhere=True)
+    assert [s.memory_bytes for s in place(everywhere, nodes(None, None, None)).stages] == [600, 600, 600]
+
+
+def test_only_legal_cuts_are_made() -> None:
+    costs = ModelCosts(0, (100,) * 8, 0, legal_cuts=frozenset({2, 7}))
+    assert counts(place(costs, nodes(None, None))) == {0: 2, 1: 6}
+    with pytest.raises(PlanError, match="cannot be cut before layer 4: its layers may be cut before 2, 7"):
+        place(costs, nodes(None, None), manual=manual((0, 0, 4), (1, 4, 8)))
+
+
 def test_no_node_and_bad_speed_are_refused() -> None:
     with pytest.raises(PlanError, match="start one"):
         place(EVEN, [])
