@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,21 +85,63 @@ class GenerationResponse(Response):
         self._request_id = request_id
 
     async def __call__(self, _scope: Any, receive: Receive, send: Send) -> None:
-        with self._gateway.place():
-            await unless_gone(receive, self._exchange(send))
+        await unless_gone(receive, self._exchange(send))
 
     async def _exchange(self, send: Send) -> None:
+        # The place is free and the engine's rows are released before the last bytes go out: a client that sends its
+        # next request as soon as it has its answer must not find its own old one in the way.
+        if self._ask.stream:
+            writer = EventWriter(send, self._gateway.settings.idle_timeout)
+            with self._gateway.place():
+                last = await self._stream(writer)
+            await writer.write(last)
+            await writer.end()
+            return
+        with self._gateway.place():
+            body = await self._whole()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _whole(self) -> bytes:
+        """The body of an answer in one piece. Every error is raised, and becomes a status."""
+        pieces: list[list[Piece]] = [[] for _ in range(self._ask.num_choices)]
+        reasons = [""] * self._ask.num_choices
+        async with self._session() as (session, dialect):
+            async for batch in session.batches():
+                for event in batch:
+                    if isinstance(event, Delta):
+                        pieces[event.choice].append(event.piece)
+                    elif isinstance(event, ChoiceEnd):
+                        reasons[event.choice] = event.reason
+        choices = [Answered(index, pieces[index], reason) for index, reason in enumerate(reasons)]
+        return json.dumps(dialect.whole(choices, session.usage), ensure_ascii=False).encode()
+
+    async def _stream(self, writer: EventWriter) -> bytes:
+        """Write the stream up to its last bytes, and return those. Errors before admission are raised."""
+        async with self._session() as (session, dialect):
+            await writer.start()
+            try:
+                if opening := dialect.start(self._ask.num_choices):
+                    await writer.write(opening)
+                async for batch in session.batches():
+                    await writer.write(b"".join([_event(event, dialect) for event in batch]))
+            except ClientGone:
+                raise
+            except Exception as error:  # noqa: BLE001 - the root of a stream: logged, and told to the client
+                return self._failure(error) + DONE
+        return (dialect.usage(session.usage) if self._ask.include_usage else b"") + DONE
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncGenerator[tuple[Session, Dialect]]:
+        """An admitted session and its dialect; the engine's streams are closed at the end."""
         started_at = asyncio.get_running_loop().time()
         prepared = await self._prepare()
         session = Session(prepared, self._gateway.limits, self._gateway.metrics, started_at)
         try:
             async with session:
                 await session.admitted()
-                dialect = self._make_dialect(self._head(prepared), prepared.tokenizer)
-                if self._ask.stream:
-                    await self._stream(session, dialect, send)
-                else:
-                    await self._whole(session, dialect, send)
+                yield session, self._make_dialect(self._head(prepared), prepared.tokenizer)
         finally:
             _log.info(
                 "generation",
@@ -133,37 +175,6 @@ class GenerationResponse(Response):
             with_logprobs=ask.sampling.top_logprobs is not None,
             prompt_tokens=prepared.prompt_tokens,
         )
-
-    async def _whole(self, session: Session, dialect: Dialect, send: Send) -> None:
-        pieces: list[list[Piece]] = [[] for _ in range(self._ask.num_choices)]
-        reasons = [""] * self._ask.num_choices
-        async for batch in session.batches():
-            for event in batch:
-                if isinstance(event, Delta):
-                    pieces[event.choice].append(event.piece)
-                elif isinstance(event, ChoiceEnd):
-                    reasons[event.choice] = event.reason
-        choices = [Answered(index, pieces[index], reason) for index, reason in enumerate(reasons)]
-        body = json.dumps(dialect.whole(choices, session.usage), ensure_ascii=False).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
-
-    async def _stream(self, session: Session, dialect: Dialect, send: Send) -> None:
-        writer = EventWriter(send, self._gateway.settings.idle_timeout)
-        await writer.start()
-        try:
-            if opening := dialect.start(self._ask.num_choices):
-                await writer.write(opening)
-            async for batch in session.batches():
-                await writer.write(b"".join([_event(event, dialect) for event in batch]))
-            closing = dialect.usage(session.usage) if self._ask.include_usage else b""
-        except ClientGone:
-            raise
-        except Exception as error:  # noqa: BLE001 - the root of a stream: logged, and told to the client
-            closing = self._failure(error)
-        await writer.write(closing + DONE)
-        await writer.end()
 
     def _failure(self, error: Exception) -> bytes:
         """The error event of a stream whose status is already sent."""

@@ -42,13 +42,24 @@ class Exchange:
         scope.setdefault("state", {})["request_id"] = request_id
         id_header = (b"x-request-id", request_id.encode())
         status = 0
+        counted = False
         started_at = time.monotonic()
+
+        def count() -> None:
+            nonlocal counted
+            if not counted:
+                counted = True
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(route, str(status or 500)).inc()
+                self._metrics.request_seconds.labels(route).observe(time.monotonic() - started_at)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), id_header]
+            elif not message.get("more_body", False):
+                count()  # before the client can see the end: whoever then looks at the metrics finds itself counted
             await send(message)
 
         try:
@@ -63,9 +74,7 @@ class Exchange:
                 raise  # the answer was under way: the server closes the connection
             await _send_error(error, request_id, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(status or 500)).inc()
-            self._metrics.request_seconds.labels(route).observe(time.monotonic() - started_at)
+            count()
 
 
 async def _send_error(error: Exception, request_id: str, send: Send) -> None:

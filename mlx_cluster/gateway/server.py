@@ -82,8 +82,9 @@ class GatewayServer:
         """Stop listening, let running answers finish for ``grace_seconds``, then cancel them."""
         if self._server is None or self._task is None:
             return
-        # uvicorn hands this to wait_for, which takes fractions; its annotation does not.
-        self._server.config.timeout_graceful_shutdown = grace_seconds  # type: ignore[assignment]
+        # uvicorn hands this to wait_for, which takes fractions; its annotation does not. At 0 it would complain of
+        # connections that it has only just closed.
+        self._server.config.timeout_graceful_shutdown = max(grace_seconds, 0.1)  # type: ignore[assignment]
         self._server.should_exit = True
         task, self._task = self._task, None
         _, late = await asyncio.wait({task}, timeout=grace_seconds + STOP_MARGIN_SECONDS)
