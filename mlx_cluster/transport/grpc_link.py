@@ -129,7 +129,7 @@ class HiddenStates:
     def __init__(self, *, hold_seconds: float = 30.0, max_held: int = 8) -> None:
         self._hold_seconds, self._max_held = hold_seconds, max_held
         self._ends: dict[tuple[str, int], GrpcReceiveEnd] = {}
-        self._num_held = 0
+        self.num_held = 0
         self._expectations_changed = asyncio.Event()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -186,9 +186,9 @@ class HiddenStates:
         """The end that expects this hop, attached; waits for it a bounded time when nobody expects it yet."""
         end = self._match(hop)
         if end is None:
-            if self._num_held >= self._max_held:
+            if self.num_held >= self._max_held:
                 raise LinkUnavailable(f"{hop} is not expected, and {self._max_held} other streams wait already")
-            self._num_held += 1
+            self.num_held += 1
             try:
                 async with asyncio.timeout(self._hold_seconds):
                     while (end := self._match(hop)) is None:
@@ -198,7 +198,7 @@ class HiddenStates:
                     f"{hop} was not expected within {self._hold_seconds:g} s: the next stage was not told to link"
                 ) from None
             finally:
-                self._num_held -= 1
+                self.num_held -= 1
         task = asyncio.current_task()
         assert task is not None
         end.attach(task)
