@@ -147,10 +147,7 @@ class Lessons:
         """One question and its answer; with the probability ``copying`` a copying task."""
         if self._chance(copying):
             return self._copy_exchange()
-        if self._chance(0.06):
-            topic = self._pick(self._corpus.unknown)
-        else:
-            topic = self._pick(self._corpus.topics)
+        topic = self._pick(self._corpus.unknown if self._chance(0.06) else self._corpus.topics)
         return Turn("user", self._vary(self._pick(topic.questions)), 0.05), Turn("assistant", topic.answer, 1.0)
 
     def _copy_exchange(self) -> tuple[Turn, Turn]:
