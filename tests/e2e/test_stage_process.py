@@ -87,6 +87,12 @@ class Held:
         return await asyncio.wait_for(asyncio.shield(self.exit), PATIENCE_SECONDS)
 
 
+def free_addresses(num: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(num)]
+        return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+
+
 @asynccontextmanager
 async def started(*specs: StageSpec, runtime: RuntimeSection | None = None) -> AsyncIterator[list[Held]]:
     held = [Held() for _ in specs]
@@ -102,10 +108,10 @@ async def started(*specs: StageSpec, runtime: RuntimeSection | None = None) -> A
 
 
 @asynccontextmanager
-async def linked(*specs: StageSpec) -> AsyncIterator[tuple[list[Held], list[str]]]:
+async def linked(*specs: StageSpec, transport: str = "grpc") -> AsyncIterator[tuple[list[Held], list[str]]]:
     async with started(*specs) as held:
         addresses = [(await one.process.loaded()).address for one in held]
-        command = LinkCommand("grpc", tuple(addresses))
+        command = LinkCommand(transport, tuple(addresses), tuple(free_addresses(len(specs))))
         await asyncio.gather(*(one.process.link(command) for one in held))
         yield held, addresses
 
@@ -291,14 +297,15 @@ def alone(model_dir: Path) -> list[int]:
     return [int(token) for token, _ in steps]
 
 
-async def test_two_processes_with_half_a_model_each_say_what_one_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["grpc", "ring"])
+async def test_two_processes_with_half_a_model_each_say_what_one_says(tmp_path: Path, transport: str) -> None:
     model_dir = write_tiny_model(tmp_path / "tiny", layers=4, width=64, vocab=320)
     two = plan(2, model="tiny")
     specs = [
         replace(spec_of(two, i), emulation=None, model_dir=str(model_dir), device="cpu", memory_budget_bytes=2**30)
         for i in range(2)
     ]
-    async with linked(*specs) as (held, addresses), Engine(two, addresses) as engine:
+    async with linked(*specs, transport=transport) as (held, addresses), Engine(two, addresses) as engine:
         loading = [event for event in held[0].events if event.type == "loading"]
         assert loading
         assert loading[-1].done_bytes == loading[-1].total_bytes > 0
