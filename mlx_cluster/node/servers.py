@@ -33,7 +33,7 @@ _log = log.get(__name__)
 
 
 class NodeServers:
-    """The listeners of one agent: ``start`` binds all or raises, ``run`` holds the coordinator's port while it leads."""
+    """The listeners of one agent: ``start`` binds all, ``run`` holds the coordinator's port while the node leads."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
