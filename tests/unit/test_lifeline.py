@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -22,8 +23,17 @@ SLEEP = "import time; time.sleep(600)"
 async def ended(pid: int) -> None:
     """Wait until no process has this id (a zombie that nobody collects counts as ended)."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while alive(pid):  # noqa: ASYNC110  # the kernel tells nobody but the parent
+        while alive(pid):  # the kernel tells nobody but the parent
             await asyncio.sleep(0.02)
+
+
+async def stopped(pid: int) -> None:
+    """Wait until the kernel has stopped this process."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            ps = await asyncio.create_subprocess_exec("ps", "-o", "stat=", "-p", str(pid), stdout=subprocess.PIPE)
+            if (await ps.communicate())[0].startswith(b"T"):
+                return
 
 
 def alive(pid: int) -> bool:
@@ -92,6 +102,7 @@ async def test_stop_kills_a_child_that_does_not_listen() -> None:
 async def test_stop_kills_a_stopped_child() -> None:
     child = await lifeline.spawn(python(SLEEP))
     os.kill(child.pid, signal.SIGSTOP)
+    await stopped(child.pid)  # until then a SIGTERM would overtake it
     assert (await child.stop(0.1)).code == -signal.SIGKILL
 
 
