@@ -89,16 +89,18 @@ class MlxGroup:
         hop = self._position.hop_out
         if hop is None:
             raise LinkMismatch(f"stage {self._position.index} is the last: it has nobody to send to")
-        return MlxSendEnd(hop, notes, lambda payload: self._post_send(payload, hop.sender + 1))
+        return MlxSendEnd(hop, notes, lambda payload: self.post_send(payload, hop.sender + 1))
 
     def receiver(self, notes: ReceiveEnd) -> MlxReceiveEnd:
         """The end from the previous rank; ``notes`` is the receiving end of the same hop's note stream, now owned."""
         hop = self._position.hop_in
         if hop is None:
             raise LinkMismatch("stage 0 has nobody to receive from")
-        return MlxReceiveEnd(hop, notes, lambda num_bytes: self._post_receive(num_bytes, hop.sender))
+        return MlxReceiveEnd(hop, notes, lambda num_bytes: self.post_receive(num_bytes, hop.sender))
 
-    async def _post_send(self, payload: Buffer, rank: int) -> Any:
+    async def post_send(self, payload: Buffer, rank: int) -> Any:
+        """Dispatch a send to a direct neighbour; the array that comes back is evaluated when it is gone."""
+
         def post() -> Any:
             data: Any = payload if isinstance(payload, mx.array) else mx.array(cast(Any, framing.flat(payload)))
             sent = mx.distributed.send(
@@ -109,7 +111,9 @@ class MlxGroup:
 
         return await self._run_on_owner(post)
 
-    async def _post_receive(self, num_bytes: int, rank: int) -> Any:
+    async def post_receive(self, num_bytes: int, rank: int) -> Any:
+        """Dispatch a receive from a direct neighbour; the array that comes back holds the bytes once evaluated."""
+
         def post() -> Any:
             data = mx.distributed.recv((num_bytes,), mx.uint8, rank, group=self._group, stream=self._receive_stream)
             _async_eval(data)
@@ -125,8 +129,8 @@ class MlxGroup:
         waiter = ArrayWaiter("mlx-handshake")
         try:
             async with asyncio.timeout(timeout_seconds):
-                sent = [await self._post_send(mine, rank) for rank in neighbours]
-                received = [await self._post_receive(HANDSHAKE_BYTES, rank) for rank in neighbours]
+                sent = [await self.post_send(mine, rank) for rank in neighbours]
+                received = [await self.post_receive(HANDSHAKE_BYTES, rank) for rank in neighbours]
                 for array in (*sent, *received):
                     await waiter.wait(array)
         except TimeoutError:
