@@ -23,7 +23,7 @@ from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.choice import Piece
-from mlx_cluster.gateway.client import ClientGone, Receive, Send, unless_gone
+from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
 from mlx_cluster.gateway.errors import error_bytes, is_internal
 from mlx_cluster.gateway.openai import Answered, Dialect, Head
 from mlx_cluster.gateway.prepare import Prepared, prepare
@@ -100,8 +100,9 @@ class GenerationResponse(Response):
         with self._gateway.place():
             body = await self._whole()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        seconds = self._gateway.settings.idle_timeout
+        await send_within(send, {"type": "http.response.start", "status": 200, "headers": headers}, seconds)
+        await send_within(send, {"type": "http.response.body", "body": body, "more_body": False}, seconds)
 
     async def _whole(self) -> bytes:
         """The body of an answer in one piece. Every error is raised, and becomes a status."""

@@ -69,6 +69,15 @@ def _too_large(max_bytes: int) -> PayloadTooLarge:
     )
 
 
+async def send_within(send: Send, message: Message, seconds: float) -> None:
+    """Send one ASGI message. Raises ``ClientGone`` when the client does not take it in time, or is not there."""
+    try:
+        async with asyncio.timeout(seconds):
+            await send(message)
+    except (TimeoutError, OSError):
+        raise ClientGone from None
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``; cancels it and raises ``ClientGone`` when the client leaves first.
 

@@ -124,9 +124,10 @@ class Session:
         """Return once every choice is admitted. Raises what the engine raised, or ``DeadlineExceeded``."""
         early: list[tuple[int, Event | ClusterError]] = []
         while self._not_admitted:
-            for choice, item in await self._receive():
+            for _, item in early:
                 if isinstance(item, ClusterError):
                     raise item
+            for choice, item in await self._receive():
                 if isinstance(item, Admitted):
                     self._not_admitted.discard(choice)
                     # The prompt is the same for all choices: the first one's hit is what the request saved.

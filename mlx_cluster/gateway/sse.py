@@ -7,9 +7,7 @@ Invariant: every write has a deadline, so a client that stops reading cannot hol
 
 from __future__ import annotations
 
-import asyncio
-
-from mlx_cluster.gateway.client import ClientGone, Send
+from mlx_cluster.gateway.client import Send, send_within
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -22,21 +20,20 @@ _HEADERS = [
 
 
 class EventWriter:
+    """Every method raises ``ClientGone`` when the client does not take what it is sent."""
+
     def __init__(self, send: Send, write_timeout_seconds: float) -> None:
         self._send = send
-        self._write_timeout_seconds = write_timeout_seconds
+        self._seconds = write_timeout_seconds
 
     async def start(self) -> None:
         """Send the status; from here on errors are events."""
-        await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        message = {"type": "http.response.start", "status": 200, "headers": list(_HEADERS)}
+        await send_within(self._send, message, self._seconds)
 
     async def write(self, data: bytes) -> None:
-        """Whole events. Raises ``ClientGone`` when the client does not take them."""
-        try:
-            async with asyncio.timeout(self._write_timeout_seconds):
-                await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        except (TimeoutError, OSError):
-            raise ClientGone from None
+        """One or more whole events."""
+        await send_within(self._send, {"type": "http.response.body", "body": data, "more_body": True}, self._seconds)
 
     async def end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send_within(self._send, {"type": "http.response.body", "body": b"", "more_body": False}, self._seconds)

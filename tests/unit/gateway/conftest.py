@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
+from fastapi import FastAPI
 
 from mlx_cluster.config.schema import ApiGatewaySection
 from mlx_cluster.gateway.app import NodeInfo, create_app
@@ -30,6 +31,7 @@ class World:
     tokenizer: Tokenizer
     sdk: openai.AsyncOpenAI
     http: httpx.AsyncClient
+    app: FastAPI
 
     def engine(self, script: Script | None = None, *, text: str = "") -> ScriptedEngine:
         """Put a fresh engine behind the model "tiny"; ``text`` is what it says, followed by the end token."""
@@ -74,7 +76,7 @@ async def running(tokenizer_dir: Path, tokenizer: Tokenizer, **settings: object)
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as sdk,
             httpx.AsyncClient(base_url=url, timeout=60) as http,
         ):
-            yield World(routes, metrics, url, tokenizer, sdk, http)
+            yield World(routes, metrics, url, tokenizer, sdk, http, app)
     finally:
         await server.stop(0)
 

@@ -1,0 +1,166 @@
+"""Bodies: every field of the OpenAI SDK has a rule, and what is wrong is said by name, value and remedy."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from mlx_cluster.errors import InvalidRequest
+from mlx_cluster.gateway import fields
+from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
+
+
+def refusal_of(body: Any, parse: Any = parse_chat) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(body if isinstance(body, bytes) else json.dumps(body).encode())
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("params", "table"),
+    [
+        (chat_create_params.CompletionCreateParamsStreaming, fields.CHAT),
+        (completion_create_params.CompletionCreateParamsStreaming, fields.COMPLETION),
+    ],
+)
+def test_every_field_of_the_sdk_has_a_rule(params: Any, table: Any) -> None:
+    assert set(get_type_hints(params)) - set(table) == set()
+
+
+@pytest.mark.parametrize(("body", "table"), [(ChatBody, fields.CHAT), (CompletionBody, fields.COMPLETION)])
+def test_honoured_fields_are_exactly_those_with_a_type(body: Any, table: Any) -> None:
+    assert {name for name, rule in table.items() if rule.kind == "honoured"} == set(body.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], param: str) -> None:
+    error = refusal_of({**CHAT, **change})
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+    assert param in str(error)
+
+
+@pytest.mark.parametrize("change", [{"suffix": "x"}, {"echo": True}, {"best_of": 3}, {"n": 2, "best_of": 3}])
+def test_what_completions_do_not_support_is_refused_by_name(change: dict[str, Any]) -> None:
+    error = refusal_of({**COMPLETION, **change}, parse_completion)
+    assert error.param == list(change)[-1]
+    assert error.code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    "change", [{"foo": 1}, {"stream": True, "stream_options": {"foo": 1}}, {"messages": [{"role": "user", "foo": 1}]}]
+)
+def test_an_unknown_field_is_refused_by_name(change: dict[str, Any]) -> None:
+    error = refusal_of({**CHAT, **change})
+    assert error.code == "unknown_parameter"
+    assert "foo" in (error.param or "")
+    assert "foo" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"temperature": 2.5}, "temperature is 2.5: it must be at most 2"),
+        ({"temperature": "hot"}, 'temperature is "hot": it should be a number'),
+        ({"temperature": True}, "temperature is true: it should be a number"),
+        ({"top_p": -0.1}, "top_p is -0.1: it must be at least 0"),
+        ({"top_k": -2}, "top_k is -2: it must be at least -1"),
+        ({"min_p": 1.5}, "min_p is 1.5: it must be at most 1"),
+        ({"max_tokens": 0}, "max_tokens is 0: it must be at least 1"),
+        ({"max_tokens": -5}, "max_tokens is -5: it must be at least 1"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens is 1.5: it should be"),
+        ({"max_tokens": "100"}, 'max_tokens is "100": it should be an integer'),
+        ({"max_tokens": True}, "max_tokens is true: it should be an integer"),
+        ({"n": 0}, "n is 0: it must be at least 1"),
+        ({"n": 17}, "n is 17: it must be at most 16"),
+        ({"seed": 1 << 63}, f"seed is {1 << 63}: it must be less than"),
+        ({"presence_penalty": 3}, "presence_penalty is 3: it must be at most 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be greater than 0"),
+        ({"stop": ["a"] * 5}, "it may have at most 4 entries"),
+        ({"stop": ""}, 'stop[0] is "": it must not be empty'),
+        ({"stop": 7}, "stop is 7: it should be a list"),
+        ({"stream": "yes"}, 'stream is "yes": it should be true or false'),
+        ({"logit_bias": {"hello": 1}}, "it should be a token id"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1 is 101: it must be at most 100"),
+        ({"logit_bias": [1]}, "logit_bias is [1]: it should be an object"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21: it must be at most 20"),
+        ({"messages": []}, "messages is []: it needs at least 1 entries"),
+        ({"messages": "hi"}, 'messages is "hi": it should be a list'),
+        ({"messages": ["hi"]}, 'messages[0] is "hi": it should be an object'),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role is required"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 'messages[0].role is "tool": it should be'),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content is 5: it should be a string or a list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type is \"image_url\": it should be 'text'",
+        ),
+        ({"model": None}, "model is required"),
+        ({"model": 5}, "model is 5: it should be a string"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_remedy(change: dict[str, Any], complaint: str) -> None:
+    assert complaint in str(refusal_of({**CHAT, **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"top_logprobs": 2}, "set logprobs: true"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "send one of them"),
+        ({"stream_options": {"include_usage": True}}, "only allowed with stream: true"),
+    ],
+)
+def test_fields_that_contradict_each_other(change: dict[str, Any], complaint: str) -> None:
+    error = refusal_of({**CHAT, **change})
+    assert complaint in str(error)
+    assert error.param in change
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], 5, {}, [1, -1], [1.5], [True], [1, "a"]])
+def test_a_bad_prompt_is_named(prompt: Any) -> None:
+    error = refusal_of({**COMPLETION, "prompt": prompt}, parse_completion)
+    assert error.param == "prompt"
+
+
+def test_a_batch_of_prompts_is_refused_by_name() -> None:
+    assert "batch of 2" in str(refusal_of({**COMPLETION, "prompt": ["a", "b"]}, parse_completion))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"{", b"[]", b"nonsense", b'"text"', b'{"temperature": NaN}', b"\xff\xfe", b"[" * 50_000, b'{"model": "\\ud800"}'],
+)
+def test_what_is_not_a_json_object_is_said_to_be_none(raw: bytes) -> None:
+    error = refusal_of(raw)
+    assert (error.code, error.param) == ("invalid_json", None)
+
+
+def test_a_top_p_of_zero_is_the_most_likely_token() -> None:
+    sampling = parse_chat(json.dumps({**CHAT, "top_p": 0}).encode()).sampling
+    assert (sampling.top_p, sampling.top_k) == (1.0, 1)
+
+
+def test_a_huge_number_in_a_body_is_an_error_like_any_other() -> None:
+    error = refusal_of(b'{"model": "m", "messages": [], "seed": ' + b"9" * 4000 + b"}")
+    assert len(str(error)) < 400
