@@ -119,6 +119,12 @@ class ClusterProcesses:
             )
             output.close()
 
+    def kill(self, node: int) -> None:
+        """kill -9."""
+        process = self.processes.pop(node)
+        process.kill()
+        process.wait(20)
+
     def stop(self) -> None:
         for process in self.processes.values():
             process.send_signal(signal.SIGTERM)
@@ -153,6 +159,8 @@ class ClusterProcesses:
 
     def ready(self, node: int = 0) -> dict[str, Any] | None:
         """The pipeline as ``node`` sees it, once it is ready."""
+        ended = self.processes[node].poll() if node in self.processes else None
+        assert ended is None, f"node {node} ended with {ended}"
         pipeline = self.pipeline(node)
         return pipeline if pipeline and pipeline["state"] == "ready" else None
 

@@ -1,0 +1,214 @@
+"""Real agents and real stage processes: the picture, every gateway, and what happens when processes are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.cluster_processes import ClusterProcesses, alive, running, within
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written by another process: this one shall not hold mlx while it watches others."""
+    folder = tmp_path_factory.mktemp("model")
+    code = (
+        "import sys; from pathlib import Path; from tests.tiny_models import write_tiny_model; "
+        "write_tiny_model(Path(sys.argv[1]), layers=6, width=64, vocab=320)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[ClusterProcesses]:
+    """Three nodes, 3/2/1 layers; tests that hurt it leave it ready again."""
+    with running(ClusterProcesses(tmp_path_factory.mktemp("cluster"), model_dir, split="3/2/1")) as three:
+        three.wait_ready()
+        yield three
+
+
+def text_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def test_every_node_shows_the_same_picture(cluster: ClusterProcesses) -> None:
+    pictures = [cluster.admin(node=node) for node in range(3)]
+    for picture in pictures:
+        assert picture is not None
+        assert picture["coordinator"]["node_id"] == 0
+        assert picture["coordinator"]["term"] >= 1
+        assert [(n["node_id"], n["name"], n["state"], n["pid"]) for n in picture["nodes"]] == [
+            (i, f"mini{i + 1}", "alive", cluster.processes[i].pid) for i in range(3)
+        ]
+        assert [n["gateway_url"] for n in picture["nodes"]] == [cluster.gateway(i) for i in range(3)]
+        (pipeline,) = picture["pipelines"]
+        assert (pipeline["model"], pipeline["state"], pipeline["transport"]) == ("tiny", "ready", "grpc")
+        assert pipeline["engine_node_id"] == 0
+        assert pipeline["transport_reason"]
+        assert [(s["node_id"], s["start"], s["end"]) for s in pipeline["stages"]] == [(0, 0, 3), (1, 3, 5), (2, 5, 6)]
+        assert all(alive(s["pid"]) and s["memory_bytes"] > 0 for s in pipeline["stages"])
+        assert pipeline["progress"]["done_bytes"] == pipeline["progress"]["total_bytes"] > 0
+
+
+def test_the_other_http_ports_answer(cluster: ClusterProcesses) -> None:
+    plan = cluster.admin("/plan", node=1)
+    assert plan is not None
+    assert [s["end"] for s in plan["plans"][0]["stages"]] == [3, 5, 6]
+    models = cluster.admin("/models", node=2)
+    assert models is not None
+    assert models["models"][0]["state"] == "ready"
+    config = cluster.admin("/config", node=1)
+    assert config is not None
+    assert config["models"]["tiny"]["split"] == "3/2/1"
+    own = cluster.admin("/stages", node=2, offset=0)
+    assert own is not None
+    assert [(s["index"], s["start"], s["end"], s["state"]) for s in own["stages"]] == [(2, 5, 6, "linked")]
+    health = cluster.admin("/health", node=1, offset=2)
+    assert health is not None
+    assert health["status"] == "ok"
+
+
+def test_the_coordinator_answers_on_its_own_port(cluster: ClusterProcesses) -> None:
+    port = cluster.first_port + 6 * cluster.num_nodes
+    picture = httpx.get(f"http://127.0.0.1:{port}/cluster", timeout=10, trust_env=False).json()
+    assert picture["coordinator"]["node_id"] == 0
+
+
+def test_every_gateway_gives_the_same_completion(cluster: ClusterProcesses) -> None:
+    texts = {text_of(cluster.complete(node)) for node in range(3)}
+    assert len(texts) == 1
+
+
+class Stream(threading.Thread):
+    """A long streamed completion, read until its end; ``started`` is set by the first token."""
+
+    def __init__(self, cluster: ClusterProcesses, node: int) -> None:
+        super().__init__(daemon=True)
+        self.url = f"{cluster.gateway(node)}/v1/completions"
+        self.started = threading.Event()
+        self.events: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        body = {
+            "model": "tiny",
+            "prompt": "hello",
+            "max_tokens": 4000,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        with httpx.stream("POST", self.url, json=body, timeout=120, trust_env=False) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+                    self.started.set()
+
+    def error(self) -> dict[str, Any]:
+        """The error event that the stream ended with."""
+        self.join(120)
+        assert not self.is_alive(), "the stream hangs"
+        assert self.events[-1] == "[DONE]", self.events[-1]
+        found: dict[str, Any] = json.loads(self.events[-2])["error"]
+        return found
+
+
+@pytest.mark.parametrize("gateway", [0, 2])
+def test_a_killed_stage_process_ends_the_stream_with_a_typed_error_and_comes_back(
+    cluster: ClusterProcesses, gateway: int
+) -> None:
+    before = cluster.wait_ready()
+    expected = text_of(cluster.complete(gateway))
+    stream = Stream(cluster, gateway)
+    assert stream.started.wait(60)
+    os.kill(before["stages"][1]["pid"], signal.SIGKILL)
+    error = stream.error()
+    assert error["code"] == "stage_lost", error
+    assert "stage" in error["message"]
+
+    def again(node: int) -> bool:
+        pipeline = cluster.ready(node)
+        return pipeline is not None and pipeline["epoch"] != before["epoch"]
+
+    for node in range(3):
+        within(f"node {node} sees the pipeline again", lambda node=node: again(node))
+    after = cluster.wait_ready()
+    version, _, incarnation = before["epoch"].partition(".")
+    assert after["epoch"] == f"{version}.{int(incarnation) + 1}", "same plan, next incarnation"
+    assert not {s["pid"] for s in before["stages"]} & {s["pid"] for s in after["stages"]}
+    assert not any(alive(s["pid"]) for s in before["stages"])
+    assert text_of(cluster.complete(gateway)) == expected
+
+
+def test_a_killed_agent_takes_its_stages_along_and_the_survivors_take_over(tmp_path: Path, model_dir: Path) -> None:
+    """kill -9 of the agent that leads, drives and holds stage 0: no orphan, another coordinator, a plan over two."""
+    with running(ClusterProcesses(tmp_path, model_dir)) as three:
+        before = three.wait_ready()
+        expected = text_of(three.complete(2))
+        own = [s["pid"] for s in before["stages"] if s["node_id"] == 0]
+        three.kill(0)
+        within("the dead agent's stage process is gone", lambda: not any(map(alive, own)), 30)
+
+        def taken_over() -> dict[str, Any] | None:
+            picture = three.admin(node=1)
+            if picture is None or picture["coordinator"]["node_id"] != 1:
+                return None
+            pipelines = picture["pipelines"]
+            return picture if pipelines and pipelines[0]["state"] == "ready" else None
+
+        picture = within("a plan over the survivors", taken_over)
+        (pipeline,) = picture["pipelines"]
+        assert {s["node_id"] for s in pipeline["stages"]} == {1, 2}
+        assert picture["coordinator"]["term"] > 1
+        assert next(n for n in picture["nodes"] if n["node_id"] == 0)["state"] == "dead"
+        three.wait_ready(2)
+        assert text_of(three.complete(2)) == expected
+        port = three.first_port + 6 * three.num_nodes
+        within("the new coordinator has the port", lambda: answers(f"http://127.0.0.1:{port}/cluster"))
+        three.start(0)
+        three.wait_ready(0)
+        assert text_of(three.complete(0)) == expected, "the node that came back serves through the others"
+        pids = [s["pid"] for s in (three.ready(1) or {"stages": []})["stages"]]
+        assert pids
+    assert not any(map(alive, pids)), "an orderly stop leaves no stage process"
+    assert {process.returncode for process in three.processes.values()} == {0}
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_a_model_that_is_not_there_is_said_everywhere(tmp_path: Path) -> None:
+    with running(ClusterProcesses(tmp_path, tmp_path / "nothing", num_nodes=1)) as one:
+        pipeline = within("the failure is shown", lambda: one.pipeline())
+        assert pipeline["state"] == "failed"
+        assert str(tmp_path / "nothing") in pipeline["detail"]
+        answer = one.complete(0)
+        assert answer.status_code == 503
+        ready = httpx.get(f"http://127.0.0.1:{one.first_port + 2}/readyz", timeout=10, trust_env=False)
+        assert ready.status_code == 503
+        assert "tiny is failed" in ready.text
+
+
+def test_one_node_holds_the_whole_model_without_a_link(tmp_path: Path, model_dir: Path) -> None:
+    with running(ClusterProcesses(tmp_path, model_dir, num_nodes=1)) as one:
+        pipeline = one.wait_ready()
+        assert (pipeline["transport"], len(pipeline["stages"])) == ("inprocess", 1)
+        assert len(text_of(one.complete(0))) > 0
