@@ -106,11 +106,10 @@ def commands(settings: Settings, run_dir: Path) -> dict[str, list[str]]:
     names = [node_name(entry) for entry in settings.cluster.nodes]
     if settings.network.transport != "mpi":
         return {name: node_command(run_dir, name) for name in names}
-    from mlx_cluster.cli.mpirun import mpirun_command
+    from mlx_cluster.cli.mpirun import guarded_mpirun
 
-    return {
-        "mpirun": mpirun_command(len(names), [sys.executable, "-m", "mlx_cluster.node.mpi", "--config", str(run_dir)])
-    }
+    rank = [sys.executable, "-m", "mlx_cluster.node.mpi", "--config", str(run_dir)]
+    return {"mpirun": guarded_mpirun(len(names), rank)}
 
 
 @contextlib.asynccontextmanager
@@ -124,7 +123,7 @@ async def _nodes(settings: Settings, run_dir: Path, terminal: Terminal, stop: _S
     stop.kill = kill
     try:
         for name, argv in commands(settings, run_dir).items():
-            say = _prefixed(name, terminal)
+            say = _prefixed(name, terminal, quiet_from=None if settings.log.level in ("debug", "info") else stop.asked)
             child = await lifeline.spawn(argv, env=_environment(), stderr="tail", on_line=say, on_error_line=say)
             nodes.append(_Node(name, child, asyncio.create_task(child.wait())))
         yield nodes
@@ -139,8 +138,14 @@ def _environment() -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1"}
 
 
-def _prefixed(name: str, terminal: Terminal) -> Callable[[str], None]:
-    return lambda line: terminal.notice(f"{name} | {line}")
+def _prefixed(name: str, terminal: Terminal, quiet_from: asyncio.Event | None) -> Callable[[str], None]:
+    """Passes a node's lines on. Once a stop is asked for, nodes that lose each other are no news."""
+
+    def say(line: str) -> None:
+        if quiet_from is None or not quiet_from.is_set():
+            terminal.notice(f"{name} | {line}")
+
+    return say
 
 
 @contextlib.contextmanager
