@@ -10,6 +10,7 @@ A frame without payload whose tensors are not empty is a *note*: its bytes trave
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from math import prod
 
 from typing_extensions import Buffer
@@ -31,6 +32,7 @@ _TENSOR = struct.Struct("<BB")  # length of the dtype's name, number of dimensio
 _ALIGNMENT = 16  # so that the payload can be read in place by vector instructions
 
 
+@lru_cache(1024)
 def num_bytes(tensors: tuple[TensorSpec, ...]) -> int:
     """How many payload bytes these tensors take. Raises ``LinkMismatch`` for a dtype that mlx does not have."""
     total = 0
@@ -58,11 +60,9 @@ def encode(frame: Frame) -> bytes:
             f"microbatch {frame.microbatch_id}: the tensors {_names(frame.tensors)} take {expected} bytes, "
             f"the payload has {payload.nbytes}"
         )
-    parts = [_tensor_prefix(spec) for spec in frame.tensors]
-    length = _HEAD.size + sum(map(len, parts))
-    padding = -length % _ALIGNMENT
-    head = _HEAD.pack(VERSION, len(parts), length + padding, 0, frame.microbatch_id, payload.nbytes)
-    return b"".join((head, *parts, bytes(padding), payload))
+    prefix_bytes, described = _describe(frame.tensors)
+    head = _HEAD.pack(VERSION, len(frame.tensors), prefix_bytes, 0, frame.microbatch_id, payload.nbytes)
+    return b"".join((head, described, payload))
 
 
 def decode(message: bytes) -> Frame:
@@ -77,7 +77,7 @@ def decode(message: bytes) -> Frame:
             f"microbatch {microbatch_id}: {len(message)} bytes came instead of {prefix_bytes + payload_bytes}"
         )
     try:
-        tensors = _tensors_from(message, num_tensors)
+        tensors = _tensors_from(message[_HEAD.size : prefix_bytes], num_tensors)
     except (struct.error, UnicodeDecodeError) as error:
         raise LinkMismatch(f"microbatch {microbatch_id}: the prefix cannot be read ({error})") from error
     if payload_bytes not in (0, num_bytes(tensors)):
@@ -88,18 +88,33 @@ def decode(message: bytes) -> Frame:
     return Frame(microbatch_id, tensors, memoryview(message)[prefix_bytes:])
 
 
-def _tensor_prefix(spec: TensorSpec) -> bytes:
-    name = spec.dtype.encode("ascii")
-    return struct.pack(f"<BB{len(name)}s{len(spec.shape)}Q", len(name), len(spec.shape), name, *spec.shape)
+# A pipeline sees few shapes, over and over: both directions of the description are remembered.
+@lru_cache(1024)
+def _describe(tensors: tuple[TensorSpec, ...]) -> tuple[int, bytes]:
+    """Length of the whole prefix, and what stands in it after the head."""
+    described = b"".join(
+        struct.pack(
+            f"<BB{len(spec.dtype)}s{len(spec.shape)}Q",
+            len(spec.dtype),
+            len(spec.shape),
+            spec.dtype.encode("ascii"),
+            *spec.shape,
+        )
+        for spec in tensors
+    )
+    length = _HEAD.size + len(described)
+    padding = -length % _ALIGNMENT
+    return length + padding, described + bytes(padding)
 
 
-def _tensors_from(message: bytes, num_tensors: int) -> tuple[TensorSpec, ...]:
+@lru_cache(1024)
+def _tensors_from(described: bytes, num_tensors: int) -> tuple[TensorSpec, ...]:
     tensors: list[TensorSpec] = []
-    offset = _HEAD.size
+    offset = 0
     for _ in range(num_tensors):
-        name_bytes, num_dims = _TENSOR.unpack_from(message, offset)
+        name_bytes, num_dims = _TENSOR.unpack_from(described, offset)
         layout = struct.Struct(f"<{name_bytes}s{num_dims}Q")
-        name, *shape = layout.unpack_from(message, offset + _TENSOR.size)
+        name, *shape = layout.unpack_from(described, offset + _TENSOR.size)
         tensors.append(TensorSpec(name.decode("ascii"), tuple(shape)))
         offset += _TENSOR.size + layout.size
     return tuple(tensors)

@@ -95,8 +95,7 @@ class GrpcReceiveEnd:
 
     async def receive(self, timeout_seconds: float) -> Frame:
         try:
-            async with asyncio.timeout(timeout_seconds):
-                return await self.mailbox.get()
+            return await self.mailbox.get(timeout_seconds)
         except TimeoutError:
             raise LinkTimeout(f"{self.hop}: nothing came within {timeout_seconds:g} s") from None
 
@@ -254,17 +253,20 @@ class GrpcSendEnd:
 
     async def send(self, frame: Frame, timeout_seconds: float) -> None:
         message = framing.encode(frame)
+        expired = False
+
+        def cut() -> None:
+            nonlocal expired
+            expired = True
+            self._over = self._over or LinkClosed(f"{self._name}: an earlier frame did not get through")
+            self._stream.call.cancel()
+
+        # The deadline cuts the call, which ends the write: cheaper than a timeout around it, on every hop of a token.
+        timer = asyncio.get_running_loop().call_later(timeout_seconds, cut)
         try:
-            async with asyncio.timeout(timeout_seconds), self._order:
+            async with self._order:
                 if self._over is None:
                     await self._stream.call.write(message)
-        except TimeoutError:
-            self._over = LinkClosed(f"{self._name}: an earlier frame did not get through")
-            self._stream.call.cancel()
-            raise LinkTimeout(
-                f"{self._name}: microbatch {frame.microbatch_id} ({len(message)} bytes) was not taken "
-                f"within {timeout_seconds:g} s"
-            ) from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             self._over = self._over or await _why_over(self._stream.call, self._name)
         except asyncio.CancelledError:
@@ -273,6 +275,13 @@ class GrpcSendEnd:
                 self._over = self._over or LinkClosed(f"{self._name}: a send was cancelled in the middle of a frame")
                 raise
             self._over = self._over or LinkClosed(f"{self._name}: the stream was cut")
+        finally:
+            timer.cancel()
+        if expired:
+            raise LinkTimeout(
+                f"{self._name}: microbatch {frame.microbatch_id} ({len(message)} bytes) was not taken "
+                f"within {timeout_seconds:g} s"
+            )
         if self._over is not None:
             raise type(self._over)(str(self._over))
 

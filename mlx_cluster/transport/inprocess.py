@@ -41,8 +41,7 @@ class InprocessReceiveEnd:
 
     async def receive(self, timeout_seconds: float) -> Frame:
         try:
-            async with asyncio.timeout(timeout_seconds):
-                return await self._mailbox.get()
+            return await self._mailbox.get(timeout_seconds)
         except TimeoutError:
             raise LinkTimeout(f"the previous stage sent nothing within {timeout_seconds:g} s") from None
 

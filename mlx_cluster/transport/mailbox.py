@@ -23,8 +23,8 @@ class Mailbox:
         self._capacity = capacity
         self._frames: deque[Frame] = deque()
         self._error: LinkError | None = None
-        self._filled = asyncio.Event()
-        self._room = asyncio.Event()
+        self._consumer: asyncio.Future[None] | None = None
+        self._producer: asyncio.Future[None] | None = None
 
     @property
     def closed(self) -> bool:
@@ -33,19 +33,17 @@ class Mailbox:
     async def put(self, frame: Frame) -> None:
         """Append, waiting for room. Raises the error of ``close``."""
         while len(self._frames) >= self._capacity and self._error is None:
-            self._room.clear()
-            await self._room.wait()
+            self._producer = asyncio.get_running_loop().create_future()
+            await self._producer
         self._raise_if_closed()
         self._frames.append(frame)
-        self._filled.set()
+        _wake(self._consumer)
 
-    async def get(self) -> Frame:
-        """The oldest frame, waiting for one. Raises the error of ``close`` once nothing is left."""
-        while not self._frames:
-            self._raise_if_closed()
-            self._filled.clear()
-            await self._filled.wait()
-        self._room.set()
+    async def get(self, timeout_seconds: float) -> Frame:
+        """The oldest frame, waiting for one. Raises ``TimeoutError``, or ``close``'s error once nothing is left."""
+        if not self._frames:
+            await self._filled(timeout_seconds)
+        _wake(self._producer)
         return self._frames.popleft()
 
     def close(self, error: LinkError, *, discard: bool = False) -> None:
@@ -54,9 +52,35 @@ class Mailbox:
             self._error = error
         if discard:
             self._frames.clear()
-        self._filled.set()
-        self._room.set()
+        _wake(self._consumer)
+        _wake(self._producer)
+
+    async def _filled(self, timeout_seconds: float) -> None:
+        # A bare timer of the loop costs a third of asyncio.timeout, and this stands in every hop of a token.
+        loop = asyncio.get_running_loop()
+        expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            _wake(self._consumer)
+
+        timer = loop.call_later(timeout_seconds, expire)
+        try:
+            while not self._frames:
+                self._raise_if_closed()
+                if expired:
+                    raise TimeoutError
+                self._consumer = loop.create_future()
+                await self._consumer
+        finally:
+            timer.cancel()
 
     def _raise_if_closed(self) -> None:
         if self._error is not None:
             raise type(self._error)(str(self._error))
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
