@@ -2,7 +2,7 @@
 
 Owns: the order prepare → admission → status → text → usage → end, the concurrency limit, errors after the status.
 Does not own: sessions and dialects.
-Invariant: the status is sent after admission; what fails later is one error event and ``[DONE]``, never silence.
+Invariant: the status is sent after admission; what fails later is the dialect's error event and end, never silence.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.choice import Piece
 from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
-from mlx_cluster.gateway.errors import error_bytes, is_internal
+from mlx_cluster.gateway.errors import is_internal
 from mlx_cluster.gateway.openai import Answered, Dialect, Head
 from mlx_cluster.gateway.prepare import Prepared, prepare
-from mlx_cluster.gateway.session import ChoiceEnd, Delta, Limits, Session
-from mlx_cluster.gateway.sse import DONE, KEEP_ALIVE, EventWriter
+from mlx_cluster.gateway.session import ChoiceEnd, Delta, Limits, Session, Usage
+from mlx_cluster.gateway.sse import EventWriter
 from mlx_cluster.metrics import GatewayMetrics
 from mlx_cluster.tokenizer import Tokenizer
 
@@ -107,15 +107,15 @@ class GenerationResponse(Response):
     async def _whole(self) -> bytes:
         """The body of an answer in one piece. Every error is raised, and becomes a status."""
         pieces: list[list[Piece]] = [[] for _ in range(self._ask.num_choices)]
-        reasons = [""] * self._ask.num_choices
+        ends = [ChoiceEnd(index, "length", 0) for index in range(self._ask.num_choices)]
         async with self._session() as (session, dialect):
             async for batch in session.batches():
                 for event in batch:
                     if isinstance(event, Delta):
                         pieces[event.choice].append(event.piece)
                     elif isinstance(event, ChoiceEnd):
-                        reasons[event.choice] = event.reason
-        choices = [Answered(index, pieces[index], reason) for index, reason in enumerate(reasons)]
+                        ends[event.choice] = event
+        choices = [Answered(end.choice, pieces[end.choice], end.reason, end.stop_string) for end in ends]
         return json.dumps(dialect.whole(choices, session.usage), ensure_ascii=False).encode()
 
     async def _stream(self, writer: EventWriter) -> bytes:
@@ -130,8 +130,8 @@ class GenerationResponse(Response):
             except ClientGone:
                 raise
             except Exception as error:  # noqa: BLE001 - the root of a stream: logged, and told to the client
-                return self._failure(error) + DONE
-        return (dialect.usage(session.usage) if self._ask.include_usage else b"") + DONE
+                return self._failure(error, dialect)
+        return dialect.end(session.usage)
 
     @asynccontextmanager
     async def _session(self) -> AsyncGenerator[tuple[Session, Dialect]]:
@@ -142,7 +142,7 @@ class GenerationResponse(Response):
         try:
             async with session:
                 await session.admitted()
-                yield session, self._make_dialect(self._head(prepared), prepared.tokenizer)
+                yield session, self._make_dialect(self._head(prepared, session.usage), prepared.tokenizer)
         finally:
             _log.info(
                 "generation",
@@ -165,7 +165,7 @@ class GenerationResponse(Response):
                 f"the prompt was not tokenized within {seconds:g} s (api_gateway.timeout): shorten it, or try later"
             ) from None
 
-    def _head(self, prepared: Prepared) -> Head:
+    def _head(self, prepared: Prepared, usage: Usage) -> Head:
         ask = self._ask
         return Head(
             id=self._answer_id,
@@ -175,9 +175,11 @@ class GenerationResponse(Response):
             continuous_usage=ask.continuous_usage,
             with_logprobs=ask.sampling.top_logprobs is not None,
             prompt_tokens=prepared.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            max_tokens=prepared.sequences[0].max_tokens,
         )
 
-    def _failure(self, error: Exception) -> bytes:
+    def _failure(self, error: Exception, dialect: Dialect) -> bytes:
         """The error event of a stream whose status is already sent."""
         code = getattr(error, "code", ClusterError.code)
         self._gateway.metrics.stream_errors.labels(code).inc()
@@ -185,7 +187,7 @@ class GenerationResponse(Response):
             _log.error("stream failed", request=self._request_id, exc_info=error)
         else:
             _log.warning("stream failed", request=self._request_id, code=code, error=str(error))
-        return b"data: " + error_bytes(error, self._request_id) + b"\n\n"
+        return dialect.failure(error, self._request_id)
 
 
 def _event(event: Any, dialect: Dialect) -> bytes:
@@ -193,4 +195,4 @@ def _event(event: Any, dialect: Dialect) -> bytes:
         return dialect.delta(event)
     if isinstance(event, ChoiceEnd):
         return dialect.choice_end(event)
-    return KEEP_ALIVE
+    return dialect.alive()

@@ -34,6 +34,7 @@ class Ask:
     token_ids: tuple[int, ...] | None = None
     seed_given: bool = False
     max_tokens: int | None = None
+    max_tokens_is_ceiling: bool = False  # more than the context leaves is no error, what is left is enough
     num_choices: int = 1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False

@@ -48,6 +48,11 @@ class Choice:
         """Whether a stop string was met: nothing more will be shown."""
         return self._stops.hit
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was met."""
+        return self._stops.matched
+
     def push(self, token: Token) -> list[Piece]:
         """Pieces that may be shown after this token."""
         if token.index != len(self.emitted):

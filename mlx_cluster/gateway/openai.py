@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mlx_cluster.gateway.choice import Piece
+from mlx_cluster.gateway.errors import error_bytes
 from mlx_cluster.gateway.session import ChoiceEnd, Delta, Usage
+from mlx_cluster.gateway.sse import DONE, KEEP_ALIVE
 from mlx_cluster.request import Token
 from mlx_cluster.tokenizer import Tokenizer
 
@@ -28,6 +30,7 @@ class Answered:
     index: int
     pieces: Sequence[Piece]
     reason: str
+    stop_string: str | None = None
 
     @property
     def text(self) -> str:
@@ -45,15 +48,19 @@ class Head:
     continuous_usage: bool = False
     with_logprobs: bool = False
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    max_tokens: int = 0  # what the engine was asked for
 
 
 class Dialect(Protocol):
-    """Prints one answer. Chunks are complete SSE events."""
+    """Prints one answer. Chunks are complete SSE events; ``end`` or ``failure`` gives a stream's last ones."""
 
     def start(self, num_choices: int) -> bytes: ...
     def delta(self, event: Delta) -> bytes: ...
     def choice_end(self, event: ChoiceEnd) -> bytes: ...
-    def usage(self, usage: Usage) -> bytes: ...
+    def alive(self) -> bytes: ...
+    def end(self, usage: Usage) -> bytes: ...
+    def failure(self, error: Exception, request_id: str) -> bytes: ...
     def whole(self, choices: Sequence[Answered], usage: Usage) -> dict[str, Any]: ...
 
 
@@ -89,13 +96,29 @@ class _Chunks:
         return f'{self._before}"choices": [], "usage": {json.dumps(usage_object(usage))}}}\n\n'.encode()
 
 
-class ChatDialect:
+class _Stream:
+    """What both routes' streams share: signs of life, and how they end."""
+
+    def __init__(self, head: Head, tokenizer: Tokenizer, object_name: str) -> None:
+        self._head = head
+        self._tokenizer = tokenizer
+        self._chunks = _Chunks(head, object_name)
+
+    def alive(self) -> bytes:
+        return KEEP_ALIVE
+
+    def end(self, usage: Usage) -> bytes:
+        return (self._chunks.usage(usage) if self._head.include_usage else b"") + DONE
+
+    def failure(self, error: Exception, request_id: str) -> bytes:
+        return b"data: " + error_bytes(error, request_id) + b"\n\n" + DONE
+
+
+class ChatDialect(_Stream):
     """POST /v1/chat/completions."""
 
     def __init__(self, head: Head, tokenizer: Tokenizer) -> None:
-        self._head = head
-        self._tokenizer = tokenizer
-        self._chunks = _Chunks(head, "chat.completion.chunk")
+        super().__init__(head, tokenizer, "chat.completion.chunk")
 
     def start(self, num_choices: int) -> bytes:
         delta = '"delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null'
@@ -116,9 +139,6 @@ class ChatDialect:
             f'{{"index": {event.choice}, "delta": {{}}, "logprobs": null, "finish_reason": "{event.reason}"}}',
             event.completion_tokens,
         )
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._chunks.usage(usage)
 
     def whole(self, choices: Sequence[Answered], usage: Usage) -> dict[str, Any]:
         return {
@@ -154,13 +174,11 @@ class ChatDialect:
         }
 
 
-class CompletionDialect:
+class CompletionDialect(_Stream):
     """POST /v1/completions. Log probabilities are four parallel lists, with offsets into the choice's text."""
 
     def __init__(self, head: Head, tokenizer: Tokenizer) -> None:
-        self._head = head
-        self._tokenizer = tokenizer
-        self._chunks = _Chunks(head, "text_completion")
+        super().__init__(head, tokenizer, "text_completion")
         self._offsets: dict[int, int] = {}
 
     def start(self, num_choices: int) -> bytes:
@@ -183,9 +201,6 @@ class CompletionDialect:
             f'{{"index": {event.choice}, "text": "", "logprobs": null, "finish_reason": "{event.reason}"}}',
             event.completion_tokens,
         )
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._chunks.usage(usage)
 
     def whole(self, choices: Sequence[Answered], usage: Usage) -> dict[str, Any]:
         return {

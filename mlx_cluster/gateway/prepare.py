@@ -67,6 +67,12 @@ async def prepare(
     return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences)
 
 
+async def count_prompt(ask: Ask, catalogue: Catalogue) -> int:
+    """How many tokens the prompt has. Raises as ``prepare`` does, but needs no engine."""
+    tokenizer = await catalogue.tokenizer(catalogue.find(ask.model))
+    return len(await _prompt_ids(ask, tokenizer, catalogue))
+
+
 async def _prompt_ids(ask: Ask, tokenizer: Tokenizer, catalogue: Catalogue) -> tuple[int, ...]:
     if ask.token_ids is not None:
         _check_id(max(ask.token_ids), tokenizer, ask.prompt_field)
@@ -105,6 +111,8 @@ def _max_tokens(ask: Ask, model: ServedModel, prompt_tokens: int) -> int:
         )
     if ask.max_tokens is None:
         return min(left, DEFAULT_MAX_TOKENS)
+    if ask.max_tokens > left and ask.max_tokens_is_ceiling:
+        return left
     if ask.max_tokens > left:
         raise ContextLengthExceeded(
             f"the prompt has {prompt_tokens} tokens and {ask.max_tokens_field} asks for {ask.max_tokens} more, "

@@ -45,6 +45,7 @@ class ChoiceEnd:
     choice: int
     reason: Literal["stop", "length"]
     completion_tokens: int
+    stop_string: str | None = None  # the client's stop string that was met
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ class Session:
 
     def _end(self, index: int, reason: Literal["stop", "length"], batch: list[SessionEvent]) -> None:
         self._running.discard(index)
-        batch.append(ChoiceEnd(index, reason, self._completion_tokens))
+        batch.append(ChoiceEnd(index, reason, self._completion_tokens, self._choices[index].stop_string))
 
     async def _receive(self) -> list[tuple[int, Event | ClusterError]]:
         """Everything that is there, after waiting for the first; empty when it is time to show life."""

@@ -27,6 +27,7 @@ class StopMatcher:
         self._longest = max((len(stop) for stop in stops), default=0)
         self._held = ""
         self.hit = False
+        self.matched: str | None = None  # the stop string that was hit
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that may be shown now, and whether a stop string was completed (then this was the last text)."""
@@ -37,8 +38,9 @@ class StopMatcher:
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            self.hit, self._held = True, ""
-            return text[: min(found)[1]], True
+            end, start = min(found)
+            self.hit, self._held, self.matched = True, "", text[start:end]
+            return text[:start], True
         keep = self._length_to_hold(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
