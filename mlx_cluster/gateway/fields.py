@@ -1,6 +1,6 @@
 """The field table: what happens to every field of every dialect.
 
-Owns: which fields are honoured, advisory or refused by name, and why.
+Owns: which fields are honoured, advisory, dropped and named in a header, or refused by name, and why.
 Does not own: types and bounds of honoured fields (``schemas``).
 Invariant: a field that is accepted either has its effect or, by its own contract, none on the output.
 """
@@ -18,7 +18,7 @@ from mlx_cluster.errors import InvalidRequest
 class Rule:
     """``neutral`` are the values of a refused field that ask for nothing beyond what happens anyway."""
 
-    kind: Literal["honoured", "advisory", "refused"]
+    kind: Literal["honoured", "advisory", "dropped", "refused"]
     why: str = ""
     neutral: tuple[Any, ...] = ()
 
@@ -102,8 +102,11 @@ COMPLETION: Mapping[str, Rule] = {
 }
 
 
-def honoured(values: Mapping[str, Any], table: Mapping[str, Rule]) -> dict[str, Any]:
-    """The honoured fields that are present (null means absent); raises ``InvalidRequest`` for any other with effect."""
+def honoured(values: Mapping[str, Any], table: Mapping[str, Rule], dropped: list[str] | None = None) -> dict[str, Any]:
+    """The honoured fields that are present (null means absent); raises ``InvalidRequest`` for any other with effect.
+
+    The names of fields that are dropped go to ``dropped``, which a dialect with such fields must give.
+    """
     kept: dict[str, Any] = {}
     for name, value in values.items():
         rule = table.get(name)
@@ -117,6 +120,10 @@ def honoured(values: Mapping[str, Any], table: Mapping[str, Rule]) -> dict[str, 
             continue
         if rule.kind == "honoured":
             kept[name] = value
-        elif not any(value == neutral and type(value) is type(neutral) for neutral in rule.neutral):
+        elif any(value == neutral and type(value) is type(neutral) for neutral in rule.neutral):
+            continue
+        elif rule.kind == "dropped" and dropped is not None:
+            dropped.append(name)
+        else:
             raise InvalidRequest(f"{name}: {rule.why}", param=name, code="unsupported_parameter")
     return kept

@@ -2,7 +2,8 @@
 
 Owns: ``x-request-id``, the answer to any error that was not answered yet, request metrics.
 Does not own: routes.
-Invariant: every error before the status becomes an OpenAI error object; an unforeseen one is logged with its traceback.
+Invariant: every error before the status becomes an error object of the client's dialect; an unforeseen one is logged
+with its traceback.
 
 Room: the Host and Origin check for loopback, authentication and rate limits belong here, before the application.
 """
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp
 
 from mlx_cluster import log
 from mlx_cluster.errors import ClusterError
+from mlx_cluster.gateway import messages_errors
 from mlx_cluster.gateway.client import ClientGone, Message, Receive, Send
 from mlx_cluster.gateway.errors import error_bytes, error_headers, form_of, is_internal
 from mlx_cluster.metrics import GatewayMetrics
@@ -25,6 +27,7 @@ from mlx_cluster.metrics import GatewayMetrics
 _log = log.get("gateway")
 
 _ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+ANSWER_HEADERS = "answer_headers"  # in the exchange's state: more headers for its answer, whatever it will be
 CLIENT_GONE_STATUS = 499  # never sent, only counted
 
 
@@ -58,7 +61,7 @@ class Exchange:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), id_header]
+                message["headers"] = [*message.get("headers", ()), id_header, *scope["state"].get(ANSWER_HEADERS, ())]
             elif not message.get("more_body", False):
                 count()  # before the client can see the end: whoever then looks at the metrics finds itself counted
             await send(message)
@@ -73,16 +76,16 @@ class Exchange:
                 _log.error("request failed", request=request_id, path=scope["path"], exc_info=error)
             if status:
                 raise  # the answer was under way: the server closes the connection
-            await _send_error(error, request_id, send_with_id)
+            await _send_error(error, request_id, send_with_id, anthropic=messages_errors.asked(scope))
         finally:
             count()
 
 
-async def _send_error(error: Exception, request_id: str, send: Send) -> None:
-    status = form_of(error).status
+async def _send_error(error: Exception, request_id: str, send: Send, *, anthropic: bool) -> None:
+    status = messages_errors.status_of(error) if anthropic else form_of(error).status
     code = getattr(error, "code", ClusterError.code)
     _log.info("refused", request=request_id, status=status, code=code)
-    body = error_bytes(error, request_id)
+    body = messages_errors.envelope(error, request_id) if anthropic else error_bytes(error, request_id)
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
     await send(
         {
