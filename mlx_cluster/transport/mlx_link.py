@@ -146,7 +146,7 @@ class MlxGroup:
 
 
 class MlxSendEnd:
-    """See ``link.SendEnd``. Once a note is out its data must follow: a send that fails after it ends the link."""
+    """See ``link.SendEnd``. A note and its data belong together: a send that fails ends the link."""
 
     def __init__(self, hop: HopId, notes: SendEnd, post: Callable[[Buffer], Awaitable[Any]]) -> None:
         self._hop, self._notes, self._post = hop, notes, post
@@ -159,25 +159,33 @@ class MlxSendEnd:
         try:
             async with asyncio.timeout(timeout_seconds), self._order:
                 _raise(self._over)
-                # The note goes first: a large send ends only when the peer has posted its receive.
-                await self._notes.send(Frame(frame.microbatch_id, frame.tensors, b""), timeout_seconds)
-                if num_bytes:
-                    await self._send_data(frame)
+                await self._send_both(frame, num_bytes, timeout_seconds)
         except TimeoutError:
             raise LinkTimeout(
                 f"{self._hop}: microbatch {frame.microbatch_id} ({num_bytes} bytes) was not taken "
                 f"within {timeout_seconds:g} s"
             ) from None
 
-    async def _send_data(self, frame: Frame) -> None:
+    async def _send_both(self, frame: Frame, num_bytes: int, timeout_seconds: float) -> None:
+        """The note, and beside it the data: a large send ends only when the peer, told by the note, takes it."""
+        posting = asyncio.ensure_future(self._post(frame.payload)) if num_bytes else None
         try:
-            await self._waiter.wait(await self._post(frame.payload))
+            await self._notes.send(Frame(frame.microbatch_id, frame.tensors, b""), timeout_seconds)
+            if posting is not None:
+                await self._waiter.wait(await posting)
         except RuntimeError as error:
             self._over = LinkClosed(f"{self._hop}: stage {self._hop.sender + 1} is gone: {error}")
             raise type(self._over)(str(self._over)) from error
-        except asyncio.CancelledError:
+        except LinkClosed as error:
+            self._over = error
+            raise
+        except (LinkError, asyncio.CancelledError):
             self._over = LinkClosed(f"{self._hop}: an earlier send was given up; restart this process")
             raise
+        finally:
+            if posting is not None:
+                posting.add_done_callback(_drop)
+                posting.cancel()
 
     async def close(self) -> None:
         self._over = self._over or LinkClosed(f"{self._hop}: stage {self._hop.sender} closed it")
@@ -263,6 +271,12 @@ class ArrayWaiter:
                 done.get_loop().call_soon_threadsafe(_settle, done, error)
             except RuntimeError:
                 return  # the event loop is closed: nobody waits any more
+
+
+def _drop(posting: asyncio.Future[Any]) -> None:
+    """The note already told what went wrong: asyncio must not complain that nobody asked the data's side."""
+    if not posting.cancelled():
+        posting.exception()
 
 
 def _settle(done: asyncio.Future[None], error: RuntimeError | None) -> None:
