@@ -223,18 +223,18 @@ def _single_prompt(prompt: Any) -> tuple[str | None, tuple[int, ...] | None]:
 
 def parse_chat(raw: bytes) -> Ask:
     """The body of POST /v1/chat/completions. Raises ``InvalidRequest``."""
-    return _validate(ChatBody, fields.honoured(_object(raw), fields.CHAT)).to_ask()
+    return validated(ChatBody, fields.honoured(json_object(raw), fields.CHAT)).to_ask()
 
 
 def parse_completion(raw: bytes) -> Ask:
     """The body of POST /v1/completions. Raises ``InvalidRequest``."""
-    values = _object(raw)
+    values = json_object(raw)
     if values.get("best_of") is not None and values["best_of"] == (values.get("n") or 1):
         values = {name: value for name, value in values.items() if name != "best_of"}
-    return _validate(CompletionBody, fields.honoured(values, fields.COMPLETION)).to_ask()
+    return validated(CompletionBody, fields.honoured(values, fields.COMPLETION)).to_ask()
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def json_object(raw: bytes) -> dict[str, Any]:
     try:
         value = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -246,10 +246,10 @@ def _object(raw: bytes) -> dict[str, Any]:
     return value
 
 
-BodyT = TypeVar("BodyT", bound=SamplingBody)
+BodyT = TypeVar("BodyT", bound=Body)
 
 
-def _validate(kind: type[BodyT], values: Mapping[str, Any]) -> BodyT:
+def validated(kind: type[BodyT], values: Mapping[str, Any]) -> BodyT:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
