@@ -50,5 +50,8 @@ for item in "$@"; do
       exit 2
       ;;
   esac
-  ssh -o BatchMode=yes -o ConnectTimeout=10 "$destination" "exec \${SHELL:-sh} -lc $(printf '%q' "$script")" || echo "$name: ssh to $destination failed" >&2
+  # Single quotes are understood by every remote shell; one inside the script is closed, escaped and opened again.
+  quoted=$(printf '%s' "$script" | sed "s/'/'\\\\''/g")
+  ssh -o BatchMode=yes -o ConnectTimeout=10 "$destination" "exec \${SHELL:-sh} -lc '$quoted'" ||
+    echo "$name: ssh to $destination failed" >&2
 done

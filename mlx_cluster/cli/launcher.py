@@ -12,7 +12,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -59,14 +59,16 @@ class _Stop:
         self.asked.set()
 
 
-async def serve(settings: Settings, run_dir: Path, terminal: Terminal) -> int:
-    """Run the cluster of ``run_dir`` until a signal comes or no node is left; the exit code of the command.
+async def serve(
+    settings: Settings, commands: Mapping[str, Sequence[str]], terminal: Terminal, stop_seconds: float = STOP_SECONDS
+) -> int:
+    """Run the ``commands`` (name → command line of a node) until a signal comes or none is left; an exit code.
 
     Raises ``ClusterError`` when a node dies or a model fails before the cluster is ready.
     """
     stop = _Stop()
     with _signals(stop):
-        async with _nodes(settings, run_dir, terminal, stop) as nodes:
+        async with _nodes(settings, commands, terminal, stop, stop_seconds) as nodes:
             bring_up = asyncio.create_task(_wait_until_ready(settings, nodes, terminal))
             asked = asyncio.create_task(stop.asked.wait())
             try:
@@ -101,7 +103,7 @@ def node_command(run_dir: Path, name: str) -> list[str]:
     return [sys.executable, "-m", "mlx_cluster", "node", "--config", str(run_dir), "--id", name, "--lifeline"]
 
 
-def commands(settings: Settings, run_dir: Path) -> dict[str, list[str]]:
+def commands_of(settings: Settings, run_dir: Path) -> dict[str, list[str]]:
     """Name → command line: one child per node, or a single mpirun that starts them as its ranks."""
     names = [node_name(entry) for entry in settings.cluster.nodes]
     if settings.network.transport != "mpi":
@@ -113,7 +115,13 @@ def commands(settings: Settings, run_dir: Path) -> dict[str, list[str]]:
 
 
 @contextlib.asynccontextmanager
-async def _nodes(settings: Settings, run_dir: Path, terminal: Terminal, stop: _Stop) -> AsyncIterator[Sequence[_Node]]:
+async def _nodes(
+    settings: Settings,
+    commands: Mapping[str, Sequence[str]],
+    terminal: Terminal,
+    stop: _Stop,
+    stop_seconds: float,
+) -> AsyncIterator[Sequence[_Node]]:
     nodes: list[_Node] = []
 
     def kill() -> None:
@@ -122,14 +130,14 @@ async def _nodes(settings: Settings, run_dir: Path, terminal: Terminal, stop: _S
 
     stop.kill = kill
     try:
-        for name, argv in commands(settings, run_dir).items():
+        for name, argv in commands.items():
             say = _prefixed(name, terminal, quiet_from=None if settings.log.level in ("debug", "info") else stop.asked)
             child = await lifeline.spawn(argv, env=_environment(), stderr="tail", on_line=say, on_error_line=say)
             nodes.append(_Node(name, child, asyncio.create_task(child.wait())))
         yield nodes
     finally:
         # Shielded from a second cancellation by being the last thing that runs; every stop has its own deadline.
-        await asyncio.gather(*(node.child.stop(STOP_SECONDS) for node in nodes), return_exceptions=True)
+        await asyncio.gather(*(node.child.stop(stop_seconds) for node in nodes), return_exceptions=True)
         await asyncio.gather(*(node.ended for node in nodes), return_exceptions=True)
 
 

@@ -46,7 +46,7 @@ def up(
     import tempfile
 
     from mlx_cluster.cli.compose import UpOptions, compose
-    from mlx_cluster.cli.launcher import serve
+    from mlx_cluster.cli.launcher import commands_of, serve
     from mlx_cluster.config.load import ENVIRONMENT_PREFIX
 
     options = UpOptions(
@@ -69,7 +69,7 @@ def up(
         check_ports(settings)
         with _terminal() as terminal:
             fetch_models(settings, terminal)
-            code = asyncio.run(serve(settings, run_dir, terminal))
+            code = asyncio.run(serve(settings, commands_of(settings, run_dir), terminal))
     raise typer.Exit(code)
 
 

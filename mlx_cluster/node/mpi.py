@@ -3,7 +3,8 @@
 Owns: the exchange of addresses over MPI and the settings that follow. Does not own: the node (``node.main``), nor the
 mpi link, whose stage processes join MPI as children of these agents, with their agent's rank.
 Invariant: the agent itself never calls MPI_Init. A rank can be initialised by one process at a time, and that must be
-its stage process; so the exchange runs in a short-lived child.
+its stage process; so the exchange runs in a short-lived child, and only where cluster.yaml names no nodes: two
+processes of one rank in quick succession confuse Open MPI's peers ("server accept cannot find guid", then a hang).
 
 Run it as ``mpirun -n 3 python -m mlx_cluster.node.mpi --config DIR``. This is the only file that imports mpi4py.
 """
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ class World:
 
     rank: int
     hosts: tuple[str, ...]
+
+
+def rank_and_size(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    """What mpirun tells its children in their environment; None when it is not known how this one tells it."""
+    for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        if environ.get(rank, "").isdigit() and environ.get(size, "").isdigit():
+            return int(environ[rank]), int(environ[size])
+    return None
 
 
 def exchange() -> World:
@@ -64,24 +73,30 @@ def _tell_world() -> None:
     print(json.dumps({"rank": world.Get_rank(), "hosts": world.allgather(socket.gethostname())}), flush=True)
 
 
-def settings_of_rank(config_dir: Path | None, world: World, environ: dict[str, str]) -> tuple[Loaded, str]:
+def settings_of_rank(
+    config_dir: Path | None, environ: Mapping[str, str], meet: Callable[[], World] = exchange
+) -> tuple[Loaded, str]:
     """The settings of this rank and its node's name.
 
-    Rank r is the r-th node of cluster.yaml by id; without nodes there, the ranks' own hosts become the nodes.
-    Raises ``ConfigError`` when the numbers differ.
+    Rank r is the r-th node of cluster.yaml by id; without nodes there, the ranks ``meet`` and their hosts become the
+    nodes. Raises ``ConfigError`` when the numbers differ.
     """
-    loaded = load(config_dir, environ=environ, manual={"network.transport": "mpi"})
+    manual: dict[str, Any] = {"network.transport": "mpi"}
+    loaded = load(config_dir, environ=environ, manual=manual)
+    known = rank_and_size(environ) if loaded.settings.cluster.nodes else None
+    if known is None:
+        world = meet()
+        known = world.rank, len(world.hosts)
+        if not loaded.settings.cluster.nodes:
+            loaded = load(config_dir, environ=environ, manual={**manual, "cluster.nodes": nodes_of(world.hosts)})
+    rank, size = known
     entries = sorted(loaded.settings.cluster.nodes, key=lambda entry: entry.node_id)
-    if not entries:
-        nodes = nodes_of(world.hosts)
-        loaded = load(config_dir, environ=environ, manual={"network.transport": "mpi", "cluster.nodes": nodes})
-        entries = list(loaded.settings.cluster.nodes)
-    if len(entries) != len(world.hosts):
+    if len(entries) != size:
         raise ConfigError(
-            f"mpirun started {len(world.hosts)} ranks, cluster.nodes has {len(entries)}: run it with -n {len(entries)}",
+            f"mpirun started {size} ranks, cluster.nodes has {len(entries)}: run it with -n {len(entries)}",
             key="cluster.nodes",
         )
-    return loaded, node_name(entries[world.rank])
+    return loaded, node_name(entries[rank])
 
 
 def nodes_of(hosts: Sequence[str]) -> list[dict[str, Any]]:
@@ -107,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell_world()
         return 0
     try:
-        loaded, name = settings_of_rank(options.config, exchange(), dict(os.environ))
+        loaded, name = settings_of_rank(options.config, os.environ)
         from mlx_cluster.node.main import run_node
 
         return run_node(loaded, name)
