@@ -1,8 +1,8 @@
 """The agent of a node: it hears the others, follows the cluster document, and answers the other agents.
 
-Owns: the heartbeat of decisions (table → leader → coordinator → document), convergence on the document in force, the
-drivers of the pipelines whose stage 0 is here.
-Does not own: the decisions themselves (``cluster``), ports and HTTP (``servers``), processes (``stages``).
+Owns: the heartbeat of decisions (table → leader → coordinator → document), and convergence on the document in force.
+Does not own: the decisions themselves (``cluster``), ports and HTTP (``servers``), processes (``stages``), bring-up
+(``drivers``).
 Invariant: nothing is started before a coordinator of this boot has confirmed the document; a stage that the document
 does not name is not started, and one that it no longer names is stopped.
 """
@@ -17,31 +17,29 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
-import grpc
-
 from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.coordinator import Coordinator, available_bytes, push
 from mlx_cluster.cluster.document import ClusterDocument
 from mlx_cluster.cluster.leader import Leadership, LowestLiveNode
 from mlx_cluster.cluster.membership import ClusterView, Membership
-from mlx_cluster.cluster.rpc import ClusterClient, HeartbeatThread, open_channel
-from mlx_cluster.cluster.status import NodeStatus, PipelineStatus
+from mlx_cluster.cluster.rpc import HeartbeatThread
+from mlx_cluster.cluster.status import NodeStatus
 from mlx_cluster.config.names import settings_of_node
 from mlx_cluster.config.quantity import parse_bytes
 from mlx_cluster.config.schema import Settings
-from mlx_cluster.engine.remote import RemoteEngine
-from mlx_cluster.errors import ClusterError, Fenced, Unavailable
+from mlx_cluster.errors import ClusterError, Fenced
 from mlx_cluster.node import machine
-from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, PipelineDriver, StageAgent, Timing
+from mlx_cluster.node.bringup import EngineMaker, PipelineDriver, StageAgent, Timing
+from mlx_cluster.node.drivers import Drivers
 from mlx_cluster.node.identity import Identity, ipv4_of
 from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.models import LocalModels
+from mlx_cluster.node.peers import OwnAgent, Peers
 from mlx_cluster.node.placer import ClusterPlacer, with_transport
 from mlx_cluster.node.stages import StageHost, StageStarter
 from mlx_cluster.node.state import NodeState
 from mlx_cluster.plan import Epoch, Plan
-from mlx_cluster.request import Engine
 from mlx_cluster.stage.spec import StageSpec
 
 DOCUMENT_WAIT_SECONDS = 10.0  # a driver may know a document a moment before the others
@@ -81,6 +79,8 @@ class Agent:
             settings.models, ClusterPlacer(settings), settings.network.transport, self._started
         )
         self._unplaced: tuple[tuple[str, str], ...] = ()
+        budget = settings_of_node(settings, identity.entry).memory_budget
+        self._total_bytes = min(machine.total_bytes(), parse_bytes(budget)) if budget else machine.total_bytes()
         self._free_bytes = machine.free_bytes()
         self.stages = StageHost(
             self.state,
@@ -92,8 +92,8 @@ class Agent:
             link_timeout_seconds=settings.network.connect_timeout,
             on_change=self._change,
         )
-        self._drivers: dict[str, tuple[PipelineDriver, asyncio.Task[None]]] = {}
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.drivers = Drivers(self._make_driver)
+        self.peers = Peers(settings.cluster.name, identity.peers, {m.node_id: m.name for m in identity.members})
         self._confirmed = False
         self._converge_needed = asyncio.Event()
         self._document_changed = asyncio.Condition()
@@ -140,10 +140,10 @@ class Agent:
         """End drivers and stage processes; running requests hear that the node is stopping."""
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*(self._end_driver(pipeline) for pipeline in list(self._drivers)))
+        await self.drivers.end_all_but(())
         await self.stages.stop_all(grace_seconds)
         await asyncio.to_thread(self._heartbeats.stop)
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+        await self.peers.close()
 
     # -- the heartbeat of decisions ----------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class Agent:
             self._confirmed = True
             self._converge_needed.set()
         if decision.push:
-            self._spawn(push(self.state.document, decision.push, self._put), "push document")
+            self._spawn(push(self.state.document, decision.push, self.peers.put_document), "push document")
 
     def _leader_confirms(self) -> bool:
         """Whether the living leader works, in its present term, with the very document that this node remembers."""
@@ -190,8 +190,7 @@ class Agent:
                 state = "alive" if boot else "dead"
                 _log.info("node " + state, node=self.view.name_of(node_id), boot=boot)
         self._known_boots = boots
-        for driver, _ in self._drivers.values():
-            driver.nodes_changed()
+        self.drivers.nodes_changed()
 
     def _take(self, document: ClusterDocument) -> None:
         """Accept a document and have everything follow it. Raises as ``document.accept``."""
@@ -204,9 +203,6 @@ class Agent:
     async def _announce_document(self) -> None:
         async with self._document_changed:
             self._document_changed.notify_all()
-
-    async def _put(self, node_id: int, document: ClusterDocument) -> None:
-        await self._client(node_id).put_document(document)
 
     async def _check_machine(self) -> None:
         """The slow look: free memory, and models that have been copied here meanwhile."""
@@ -221,11 +217,9 @@ class Agent:
     def _make_status(self) -> NodeStatus:
         identity = self.identity
         self._sequence += 1
-        budget = settings_of_node(self.settings, identity.entry).memory_budget
-        total = min(machine.total_bytes(), parse_bytes(budget)) if budget else machine.total_bytes()
         held = self.stages.statuses()
         # A budget caps what stages may take together; what they hold already is no longer free.
-        free = min(self._free_bytes, max(0, total - sum(s.memory_bytes for s in held)))
+        free = min(self._free_bytes, max(0, self._total_bytes - sum(s.memory_bytes for s in held)))
         return NodeStatus(
             node_id=identity.node_id,
             name=identity.name,
@@ -238,7 +232,7 @@ class Agent:
             gateway_url=identity.gateway_url,
             admin_url=identity.admin_url,
             comms_address=identity.comms_address,
-            memory_total_bytes=total,
+            memory_total_bytes=self._total_bytes,
             memory_free_bytes=free,
             cores=machine.cores(),
             leader=self._leadership.node_id,
@@ -248,7 +242,7 @@ class Agent:
             models=self.models.facts,
             missing=self.models.missing,
             stages=held,
-            pipelines=tuple(driver.status for driver, _ in self._drivers.values()),
+            pipelines=self.drivers.statuses(),
             epochs=self.state.epochs,
             unplaced=self._unplaced,
         )
@@ -332,14 +326,10 @@ class Agent:
 
     async def _converge(self, document: ClusterDocument) -> None:
         """First end what the document no longer names, then drive what it gives to this node."""
-        mine = {p.pipeline: p for p in document.plans if p.engine_node_id == self.identity.node_id}
-        stale = [name for name, (driver, _) in self._drivers.items() if mine.get(name) != driver.plan]
-        await asyncio.gather(*(self._end_driver(name) for name in stale))
+        mine = [plan for plan in document.plans if plan.engine_node_id == self.identity.node_id]
+        await self.drivers.end_all_but(mine)
         await self.stages.keep_only(document.plans)
-        for name, plan in mine.items():
-            if name not in self._drivers:
-                driver = self._make_driver(plan)
-                self._drivers[name] = (driver, asyncio.create_task(self._drive(driver), name=f"drive {name}"))
+        self.drivers.start(mine)
         self._change()
 
     def _make_driver(self, plan: Plan) -> PipelineDriver:
@@ -353,19 +343,6 @@ class Agent:
             on_change=self._change,
             timing=self._timing,
         )
-
-    async def _drive(self, driver: PipelineDriver) -> None:
-        try:
-            await driver.run()
-        except Exception:  # noqa: BLE001  # logged with its traceback
-            # The root of the driver: a bug must show as a failed pipeline, not as one that is loading for ever.
-            _log.exception("driver ended", pipeline=driver.plan.pipeline)
-            driver.crashed()
-
-    async def _end_driver(self, pipeline: str) -> None:
-        _, task = self._drivers.pop(pipeline)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
     def _next_epoch(self, plan: Plan) -> Epoch:
         """Persisted before it is used, and above whatever a living node has seen of this plan."""
@@ -401,61 +378,13 @@ class Agent:
             log_level=self.settings.log.level,
         )
 
-    # -- engines and other agents ------------------------------------------------------------------------------
-
-    def local_engine(self, pipeline: str) -> DrivenEngine | None:
-        """The engine of a pipeline that is ready and driven here, else None."""
-        found = self._drivers.get(pipeline)
-        return found[0].engine if found is not None else None
-
-    def resolve_engine(self, model_id: str) -> Engine:
-        """For gateways of other nodes. Raises ``Unavailable`` with the state of the pipeline."""
-        engine = self.local_engine(model_id)
-        if engine is None:
-            found = self._drivers.get(model_id)
-            status: PipelineStatus | None = found[0].status if found is not None else None
-            what = f"is {status.state}: {status.detail}" if status is not None else "is not driven here any more"
-            raise Unavailable(f"{model_id} {what}")
-        return engine
-
-    def remote_engine(self, address: str) -> Engine:
-        return RemoteEngine(self._channel(address))
-
     def _agent(self, node_id: int) -> StageAgent:
-        return _OwnAgent(self) if node_id == self.identity.node_id else self._client(node_id)
-
-    def _client(self, node_id: int) -> ClusterClient:
-        channel = self._channel(self.identity.peers[node_id])
-        return ClusterClient(channel, self.settings.cluster.name, self.view.name_of(node_id))
-
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        return self._channels[address]
+        return OwnAgent(self) if node_id == self.identity.node_id else self.peers.client(node_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _OwnAgent:
-    """This node's agent, as its own drivers ask it: no network in between, the same deadlines."""
-
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
-
-    async def start_stage(
-        self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
-    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
-        async for progress in self._agent.start_stage(plan, index, epoch):
-            yield progress
-
-    async def link_stage(self, request: cluster_pb2.LinkStageRequest, timeout_seconds: float) -> None:
-        await self._agent.link_stage(request)
-
-    async def stop_stage(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None:
-        await self._agent.stop_stage(pipeline, index, epoch, reason)
 
 
 def _without_transport(plan: Plan) -> Plan:

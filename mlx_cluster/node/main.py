@@ -37,6 +37,8 @@ def run_node(loaded: Loaded, node: str) -> int:
     """Run the agent of ``node`` until SIGTERM or SIGINT; 0 after an orderly stop. Raises ``ClusterError`` at start."""
     # gRPC's own resolver is unreliable with .local names on macOS; read when gRPC first resolves.
     os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
+    # A peer that ends is our own news to tell; gRPC's line about each closed connection is not.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     settings = loaded.settings
     identity = identify(settings, node)
     log.configure(settings.log.level, settings.log.format, node=identity.name)

@@ -39,7 +39,9 @@ class NodeServers:
         self._agent = agent
         identity, settings = agent.identity, agent.settings
         metrics = Metrics()
-        routes = NodeRoutes(settings.models, agent.models, agent.picture, agent.local_engine, agent.remote_engine)
+        routes = NodeRoutes(
+            settings.models, agent.models, agent.picture, agent.drivers.engine, agent.peers.remote_engine
+        )
         self._admin = admin_app(settings.cluster.name, settings, agent.picture, routes)
         info = NodeInfo(identity.node_id, identity.name, settings.cluster.name, agent.version)
         self._gateway = create_app(routes, settings.api_gateway, info, metrics)
@@ -80,7 +82,7 @@ class NodeServers:
             )
         self._comms = grpc.aio.server(options=GRPC_OPTIONS)
         ClusterService(agent, agent.settings.cluster.name, agent.version).add_to(self._comms)
-        EngineService(agent.resolve_engine).add_to(self._comms)
+        EngineService(agent.drivers.resolve).add_to(self._comms)
         try:
             self._comms.add_insecure_port(f"{bind}:{port}")
         except RuntimeError as error:

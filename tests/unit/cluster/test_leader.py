@@ -23,14 +23,14 @@ def test_the_successor_claims_a_higher_term_and_the_returning_node_a_higher_one_
     successor = LowestLiveNode(1)
     successor.observe(view(1, {0: status(0, term=6), 1: status(1)}))
     took = successor.observe(view(1, {0: status(0, term=6), 1: status(1)}, dead=frozenset({0})))
-    assert took == Leadership(1, 7)
+    assert took == Leadership(1, 8), "of two nodes the second one claims even terms"
     returned = LowestLiveNode(0)
-    assert returned.observe(view(0, {0: status(0), 1: status(1, term=7)})) == Leadership(0, 8)
-    assert successor.observe(view(1, {0: status(0, term=8), 1: status(1)})) == Leadership(0, 8)
+    assert returned.observe(view(0, {0: status(0), 1: status(1, term=8)})) == Leadership(0, 9)
+    assert successor.observe(view(1, {0: status(0, term=9), 1: status(1)})) == Leadership(0, 9)
 
 
 def test_terms_named_by_documents_count_too() -> None:
-    assert LowestLiveNode(0).observe(view(0, {0: status(0), 1: status(1, document=(9, 3))})) == Leadership(0, 10)
+    assert LowestLiveNode(0).observe(view(0, {0: status(0), 1: status(1, document=(9, 3))})) == Leadership(0, 11)
 
 
 @given(st.lists(st.tuples(st.sets(st.integers(0, 3)), st.integers(0, 20)), max_size=30))
@@ -45,3 +45,18 @@ def test_the_term_never_falls_and_rises_with_every_taking_of_the_lead(trace: lis
         if seen.node_id == 1 and last.node_id != 1:
             assert seen.term > last.term
         last = seen
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=30))
+def test_no_term_is_claimed_by_two_nodes_even_when_they_do_not_hear_each_other(trace: list[tuple[int, int]]) -> None:
+    """Each node hears of some term and finds itself alone, in any order: the claims of two nodes never meet."""
+    owner: dict[int, int] = {}
+    terms = dict.fromkeys(range(4), 0)
+    for node, named in trace:
+        choice = LowestLiveNode(node, max(terms[node], named))
+        statuses = {i: status(i, term=terms[i]) for i in range(4)}
+        claimed = choice.observe(view(node, dict(statuses), dead=frozenset(set(range(4)) - {node})))
+        assert claimed.node_id == node
+        assert claimed.term > terms[node]
+        assert owner.setdefault(claimed.term, node) == node
+        terms[node] = claimed.term

@@ -1,0 +1,68 @@
+"""The other nodes, as this one reaches them.
+
+Owns: one channel per address, for control and for engines alike. Does not own: who is alive.
+Invariant: a channel that lost its peer connects again by itself; ``close`` ends all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+
+import grpc
+
+from mlx_cluster._pb import cluster_pb2
+from mlx_cluster.cluster.document import ClusterDocument
+from mlx_cluster.cluster.rpc import ClusterClient, ClusterHandler, open_channel
+from mlx_cluster.engine.remote import RemoteEngine
+from mlx_cluster.plan import Epoch, Plan
+from mlx_cluster.request import Engine
+
+
+class Peers:
+    """``addresses`` are the comms ports of the other nodes, ``names`` theirs, by node id."""
+
+    def __init__(self, cluster: str, addresses: Mapping[int, str], names: Mapping[int, str]) -> None:
+        self._cluster, self._addresses, self._names = cluster, addresses, names
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def client(self, node_id: int) -> ClusterClient:
+        return ClusterClient(self._channel(self._addresses[node_id]), self._cluster, self._names[node_id])
+
+    async def put_document(self, node_id: int, document: ClusterDocument) -> None:
+        await self.client(node_id).put_document(document)
+
+    def remote_engine(self, address: str) -> Engine:
+        """The engines of the node whose comms port this is."""
+        return RemoteEngine(self._channel(address))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address)
+        return self._channels[address]
+
+
+class OwnAgent:
+    """This node's agent as its own drivers ask it: nothing in between. Implements ``bringup.StageAgent``."""
+
+    def __init__(self, handler: ClusterHandler) -> None:
+        self._handler = handler
+
+    async def start_stage(
+        self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
+        """The deadline is the stage process's own here."""
+        starting = self._handler.start_stage(plan, index, epoch)
+        async with contextlib.aclosing(starting):
+            async for progress in starting:
+                yield progress
+
+    async def link_stage(self, request: cluster_pb2.LinkStageRequest, timeout_seconds: float) -> None:
+        await self._handler.link_stage(request)
+
+    async def stop_stage(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None:
+        await self._handler.stop_stage(pipeline, index, epoch, reason)

@@ -1,0 +1,259 @@
+"""Several agents in one process: real heartbeats and gRPC between them, scripted stage processes and engines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from mlx_cluster.cluster.rpc import ClusterClient, ClusterService, open_channel
+from mlx_cluster.config.schema import Settings
+from mlx_cluster.errors import ClusterError, Fenced
+from mlx_cluster.node.agent import Agent
+from mlx_cluster.node.bringup import Timing
+from mlx_cluster.node.identity import identify
+from mlx_cluster.node.models import LocalModels
+from mlx_cluster.plan import Epoch, Plan
+from mlx_cluster.request import Event, SequenceRequest
+from mlx_cluster.stage.spec import LinkCommand, StageEvent, StageSpec
+from tests.e2e.cluster_processes import free_block
+
+PATIENCE_SECONDS = 60.0
+
+
+class ScriptedStage:
+    """Loads and links at once; the test may kill it."""
+
+    def __init__(self, spec: StageSpec, on_exit: Callable[[str], None]) -> None:
+        self.spec, self.on_exit = spec, on_exit
+        self.pid = 4000 + spec.index
+        self.stopped = False
+
+    async def loaded(self) -> StageEvent:
+        return StageEvent("loaded", address=f"127.0.0.1:{5000 + self.spec.index}", memory_bytes=10)
+
+    async def link(self, command: LinkCommand) -> None:
+        assert command.transport == self.spec.plan.transport
+
+    async def stop(self, grace_seconds: float = 0.0) -> None:
+        self.stopped = True
+
+
+class ScriptedEngine:
+    def __init__(self, plan: Plan, epoch: Epoch, addresses: Sequence[str]) -> None:
+        self.plan, self.epoch, self.addresses = plan, epoch, addresses
+        self.lost = asyncio.Event()
+        self.lost_reason = ""
+        self.stopped_with: ClusterError | None = None
+
+    async def start(self, timeout_seconds: float) -> None: ...
+
+    async def canary(self, timeout_seconds: float) -> None: ...
+
+    async def stop(self, error: ClusterError | None = None) -> None:
+        self.stopped_with = error
+
+    def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
+        raise NotImplementedError
+
+
+class Node:
+    """One agent with its comms port; ``stages`` and ``engines`` in the order in which they were made."""
+
+    def __init__(self, settings: Settings, node_id: int, models: LocalModels) -> None:
+        self.stages: list[ScriptedStage] = []
+        self.engines: list[ScriptedEngine] = []
+        self.agent = Agent(
+            settings,
+            identify(settings, str(node_id)),
+            models,
+            start_process=self.start_stage,
+            make_engine=self.make_engine,
+            timing=Timing(first_pause_seconds=0.01, longest_pause_seconds=0.05),
+        )
+        self.server = grpc.aio.server()
+        ClusterService(self.agent, settings.cluster.name, self.agent.version).add_to(self.server)
+        self.server.add_insecure_port(self.agent.identity.comms_address)
+        self.task: asyncio.Task[None] | None = None
+
+    async def start_stage(
+        self, spec: StageSpec, *, on_progress: Callable[[StageEvent], None], on_exit: Callable[[str], None]
+    ) -> ScriptedStage:
+        self.stages.append(ScriptedStage(spec, on_exit))
+        return self.stages[-1]
+
+    def make_engine(self, plan: Plan, epoch: Epoch, addresses: Sequence[str]) -> ScriptedEngine:
+        self.engines.append(ScriptedEngine(plan, epoch, addresses))
+        return self.engines[-1]
+
+    async def start(self) -> None:
+        await self.server.start()
+        self.task = asyncio.create_task(self.agent.run())
+
+    async def stop(self) -> None:
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await self.agent.stop(1.0)
+            await self.server.stop(None)
+
+    def ready_plan(self) -> Plan | None:
+        """The plan that this node sees as ready."""
+        view, _, document = self.agent.picture()
+        for plan in document.plans:
+            node = view.node(plan.engine_node_id)
+            for pipeline in node.status.pipelines if node and node.status and node.state != "dead" else ():
+                if pipeline.state == "ready" and pipeline.plan.version == plan.version:
+                    return pipeline.plan
+        return None
+
+
+async def until(what: str, probe: Callable[[], Any]) -> Any:
+    """The first value of ``probe`` that is true; agents act by themselves, so this can only look again."""
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not (value := probe()):
+                await asyncio.sleep(0.02)
+            return value
+    except TimeoutError:
+        raise AssertionError(f"{what} did not happen") from None
+
+
+class Cluster:
+    def __init__(self, folder: Path, model: Path, count: int) -> None:
+        base = free_block(10 * count)
+        self.settings = Settings.model_validate(
+            {
+                "cluster": {
+                    "name": "agents",
+                    "nodes": [
+                        {"host": "127.0.0.1", "name": f"mini{i}", "node_id": i, "ports": [base + 5 * i]}
+                        for i in range(count)
+                    ],
+                },
+                "coordinator": {"heartbeat_interval": 0.1, "failure_threshold": 10, "port": base + 10 * count - 1},
+                "api_gateway": {"port": base + 5 * count},
+                "nodes": {f"mini{i}": {"state_dir": str(folder / str(i))} for i in range(count)},
+                "models": {"tiny": {"path": str(model)}},
+            }
+        )
+        self.nodes: dict[int, Node] = {}
+
+    async def start(self, *node_ids: int) -> None:
+        for node_id in node_ids:
+            models = LocalModels(self.settings, self.settings.cluster.nodes[node_id])
+            await models.refresh()
+            self.nodes[node_id] = Node(self.settings, node_id, models)
+            await self.nodes[node_id].start()
+
+    async def ready(self, *node_ids: int) -> Plan:
+        plans = [await until(f"node {i} ready", self.nodes[i].ready_plan) for i in node_ids]
+        return plans[-1]
+
+
+@asynccontextmanager
+async def cluster(folder: Path, model: Path, count: int) -> AsyncIterator[Cluster]:
+    made = Cluster(folder, model, count)
+    try:
+        await made.start(*range(count))
+        yield made
+    finally:
+        for node in made.nodes.values():
+            await node.stop()
+
+
+async def test_agents_find_each_other_and_bring_a_plan_up(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 3) as three:
+        plan = await three.ready(0, 1, 2)
+        assert [s.node_id for s in plan.stages] == [0, 1, 2]
+        assert plan.transport in ("grpc", "ring")
+        for node in three.nodes.values():
+            _, leadership, document = node.agent.picture()
+            assert leadership.node_id == 0
+            assert document == three.nodes[0].agent.picture()[2]
+            assert document.version == 1
+            (stage,) = node.stages
+            assert stage.spec.model_dir == str(tiny_model)
+        (engine,) = three.nodes[0].engines
+        assert list(engine.addresses) == ["127.0.0.1:5000", "127.0.0.1:5001", "127.0.0.1:5002"]
+        assert three.nodes[0].agent.drivers.engine("tiny") is engine
+        assert three.nodes[1].agent.drivers.engine("tiny") is None
+
+
+async def test_a_lost_engine_brings_fresh_stages_everywhere(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 2) as two:
+        await two.ready(0, 1)
+        engine = two.nodes[0].engines[0]
+        engine.lost_reason = "stage 1 is gone"
+        engine.lost.set()
+        await until("a second engine", lambda: len(two.nodes[0].engines) == 2)
+        await two.ready(0, 1)
+        assert [e.epoch for e in two.nodes[0].engines] == [Epoch(1, 1), Epoch(1, 2)]
+        for node in two.nodes.values():
+            old, new = node.stages
+            assert old.stopped
+            assert not new.stopped
+
+
+async def test_the_next_node_takes_over_and_the_first_comes_back(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 2) as two:
+        await two.ready(0, 1)
+        await two.nodes[0].stop()
+        plan = await until("a plan over the survivor", lambda: alone(two.nodes[1]))
+        assert two.nodes[1].agent.leads
+        assert plan.version > 1
+        assert two.nodes[1].stages[0].stopped
+        await two.start(0)
+        assert await two.ready(0) == plan
+
+        def committed() -> bool:
+            _, leadership, document = two.nodes[0].agent.picture()
+            return leadership.node_id == 0 and document.term == leadership.term
+
+        await until("the document under its own term", committed)
+        assert two.nodes[0].agent.picture()[2].plans == (plan,), "what runs is adopted"
+        assert two.nodes[0].stages == []
+        assert len(two.nodes[1].engines) == 1
+
+
+def alone(node: Node) -> Plan | None:
+    plan = node.ready_plan()
+    return plan if plan is not None and plan.num_stages == 1 else None
+
+
+async def test_epochs_rise_over_a_restart_of_everything(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 1) as one:
+        await one.ready(0)
+        assert one.nodes[0].engines[0].epoch == Epoch(1, 1)
+    async with cluster(tmp_path, tiny_model, 1) as one:
+        await one.ready(0)
+        assert one.nodes[0].engines[0].epoch > Epoch(1, 1)
+        assert one.nodes[0].agent.picture()[1].term == 2, "one node owns every term"
+
+
+async def test_an_agent_starts_only_what_its_document_says(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 2) as two:
+        plan = await two.ready(0, 1)
+        address = two.nodes[1].agent.identity.comms_address
+        async with open_channel(address) as channel:
+            client = ClusterClient(channel, "agents", "mini1")
+
+            async def refused(value: Plan, index: int, epoch: Epoch) -> str:
+                with pytest.raises(Fenced) as error:
+                    async for _ in client.start_stage(value, index, epoch, 30.0):
+                        pass
+                return str(error.value)
+
+            other = replace(plan, model=replace(plan.model, manifest_hash="another"))
+            assert "does not start plan" in await refused(other, 1, Epoch(1, 9))
+            assert "is not mini1's" in await refused(plan, 0, Epoch(1, 9))
+            assert "older than" in await refused(plan, 1, Epoch(1, 0))
+            assert "is not mini1's" in await refused(plan, 1, Epoch(7, 1))
+        assert len(two.nodes[1].stages) == 1
