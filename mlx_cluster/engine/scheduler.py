@@ -5,7 +5,7 @@ Does not own: streams, deadlines, clients (``engine.engine``).
 Invariants: a row is in one group at most; a group has one decode step in flight at most; never more than
 ``credits`` microbatches in flight; every sequence that was taken ends exactly once.
 
-How a sequence lives: waiting → prefill (chunks, back to back while nothing decodes) → loose (has a token, waits for a
+How a sequence lives: waiting → prefill (in chunks, back to back while nothing decodes) → loose (has a token, waits for a
 group at a border) → grouped (decodes) → ended; its row is released with the next microbatch, whatever that is.
 """
 
@@ -115,7 +115,8 @@ class Scheduler:
         self._next_row = 0
         self._next_microbatch = 0
         self._next_group = 0
-        self._decodes_since_chunk = 0
+        self._decodes_since_refill = 0
+        self._prefill_budget = policy.prefill_chunk  # prompt tokens that may still go out in this cycle
         self._granted = 0  # credits when the last microbatch left; groups that end later shrink ``credits``
 
     # -- from the engine --------------------------------------------------------------------------
@@ -246,20 +247,28 @@ class Scheduler:
             self._effects.append(Started(sequence.id))
 
     def _chunk_is_due(self) -> bool:
-        """While nothing decodes chunks go out back to back; else at most one per cycle over the groups."""
+        """While nothing decodes chunks go out back to back; else ``prefill_chunk`` tokens for each cycle of the groups.
+
+        Several short prompts may share a cycle's tokens; a prompt that does not fit what is left waits for the next
+        cycle, so that no chunk is cut needlessly small.
+        """
         if not self._prefilling:
             return False
-        return self.num_decoding == 0 or self._decodes_since_chunk >= len(self._groups) + bool(self._loose)
+        if self.num_decoding == 0 or self._decodes_since_refill >= len(self._groups) + bool(self._loose):
+            self._prefill_budget = self.policy.prefill_chunk
+            self._decodes_since_refill = 0
+        rest = len(self._prefilling[0].tokens) - self._prefilling[0].prefilled
+        return self._prefill_budget == self.policy.prefill_chunk or rest <= self._prefill_budget
 
     def _chunk(self) -> Microbatch:
         sequence = self._prefilling[0]
         start = sequence.prefilled
         end = min(start + self.policy.prefill_chunk, len(sequence.tokens))
         sequence.prefilled = end
+        self._prefill_budget -= end - start
         last = end == len(sequence.tokens)
         if last:
             self._prefilling.popleft()
-        self._decodes_since_chunk = 0
         return self._dispatch(
             Kind.PREFILL,
             sequences=(sequence,),
@@ -311,7 +320,7 @@ class Scheduler:
 
     def _step(self, group: _Group) -> Microbatch:
         group.in_flight = True
-        self._decodes_since_chunk += 1
+        self._decodes_since_refill += 1
         return self._dispatch(
             Kind.DECODE,
             sequences=tuple(group.members),
@@ -389,11 +398,14 @@ class Scheduler:
 
 def _row_spec(sequence: _Sequence) -> RowSpec:
     request = sequence.request
+    history = sequence.tokens if request.sampling.needs_history else request.emitted if request.grammar else ()
     return RowSpec(
         row=sequence.row,
         sampling=request.sampling,
         choice=request.choice,
         first_index=len(request.emitted),
-        prompt_length=len(request.prompt),
-        history=sequence.tokens if request.sampling.needs_history else (),
+        prompt_length=len(request.prompt) if request.sampling.needs_history else 0,
+        history=history,
+        grammar=request.grammar,
+        stop_token_ids=tuple(sorted(request.stop_token_ids)) if request.grammar else (),
     )
