@@ -22,6 +22,7 @@ from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import read_json_body
 from mlx_cluster.gateway.errors import MethodNotAllowed, RouteNotFound
+from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
 from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
@@ -65,6 +66,7 @@ def create_app(
     app.add_middleware(Exchange, metrics=metrics.gateway)
     app.add_exception_handler(HTTPException, _not_routed)
     _add_generation(app, gateway)
+    add_messages(app, gateway)
     _add_models(app, gateway)
     _add_state(app, gateway, node_info, metrics)
     return app

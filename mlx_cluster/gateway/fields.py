@@ -31,7 +31,12 @@ def _refused(why: str, *neutral: Any) -> Rule:
     return Rule("refused", why, neutral)
 
 
+def _dropped(why: str, *neutral: Any) -> Rule:
+    return Rule("dropped", why, neutral)
+
+
 _TEXT_ONLY = "this server produces and reads text only"
+_HOSTED = "this server runs no tools of its own"
 _NO_TOOLS = "tools are not supported yet; leave the field out"
 
 _SAMPLING: Mapping[str, Rule] = dict.fromkeys(
@@ -99,6 +104,49 @@ COMPLETION: Mapping[str, Rule] = {
     "best_of": _refused("only all n choices can be returned; set best_of equal to n or leave it out"),
     "echo": _refused("the prompt is not echoed; leave the field out", False),
     "suffix": _refused("filling in the middle is not supported; leave the field out", ""),
+}
+
+
+MESSAGES: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "model",
+            "messages",
+            "system",
+            "max_tokens",
+            "stop_sequences",
+            "stream",
+            "temperature",
+            "top_p",
+            "top_k",
+        ),
+        HONOURED,
+    ),
+    **dict.fromkeys(
+        (
+            "metadata",
+            "cache_control",
+            "context_management",
+            "service_tier",
+            "inference_geo",
+            "speed",
+            "diagnostics",
+            "billing_policy",
+            "fallback_credit_token",
+            "anthropic_version",
+        ),
+        ADVISORY,
+    ),
+    "thinking": _dropped("whether a model reasons is its own affair here", {"type": "disabled"}),
+    "output_config": HONOURED,
+    "mcp_servers": _dropped(_HOSTED, []),
+    "container": _dropped(_HOSTED),
+    "compaction": _dropped("a conversation is not compacted here"),
+    "fallbacks": _dropped("another model is not asked instead", []),
+    "tools": _refused(_NO_TOOLS, []),
+    "tool_choice": _refused(_NO_TOOLS, {"type": "auto"}, {"type": "none"}),
+    "output_format": _refused("structured output is not supported yet; leave the field out"),
+    "thread": _refused("this server keeps no threads; send the whole conversation in messages"),
 }
 
 

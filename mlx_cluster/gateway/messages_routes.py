@@ -1,0 +1,96 @@
+"""Anthropic's routes: /v1/messages and /v1/messages/count_tokens.
+
+Owns: their headers, and the order read → parse → answer.
+Does not own: bodies (``messages``), printing (``messages_dialect``), authentication (both header styles of this dialect
+are accepted and ignored while there is none).
+Invariant: whatever a client asked for in vain stands in ``x-mlx-cluster-ignored``.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterable
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from mlx_cluster.gateway.answer import Gateway, GenerationResponse
+from mlx_cluster.gateway.client import read_json_body
+from mlx_cluster.gateway.messages import MessagesBody, Parsed, parse_count, parse_messages
+from mlx_cluster.gateway.messages_dialect import MessagesDialect
+from mlx_cluster.gateway.messages_errors import PATH
+from mlx_cluster.gateway.middleware import ANSWER_HEADERS
+from mlx_cluster.gateway.prepare import count_prompt
+
+IGNORED_HEADER = b"x-mlx-cluster-ignored"
+MAX_NAMES_IN_HEADER = 32
+# A longer body is parsed in a thread: a megabyte of messages takes longer than other clients' tokens should wait.
+PARSE_ON_LOOP_BYTES = 64 * 1024
+
+# Betas whose effect is there, or that ask for nothing that shows in an answer. By their name without the date.
+_KNOWN_BETAS = frozenset(
+    {
+        "claude-code",
+        "oauth",
+        "token-counting",
+        "prompt-caching",
+        "prompt-caching-scope",
+        "extended-cache-ttl",
+        "context-management",
+        "output-128k",
+        "max-tokens-3-5-sonnet",
+        "fine-grained-tool-streaming",
+        "token-efficient-tools",
+    }
+)
+_DATE = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
+_NAME = re.compile(r"[A-Za-z0-9._\[\]-]{1,64}")
+
+
+def add_messages(app: FastAPI, gateway: Gateway) -> None:
+    """Add the routes of this dialect."""
+
+    async def read(request: Request, parse: Callable[[bytes], Parsed]) -> Parsed:
+        settings = gateway.settings
+        # Where the SDKs of this dialect look for the request's id, also that of an error.
+        headers = [(b"request-id", request.state.request_id.encode())]
+        setattr(request.state, ANSWER_HEADERS, headers)
+        raw = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_seconds=settings.timeout)
+        parsed = parse(raw) if len(raw) <= PARSE_ON_LOOP_BYTES else await gateway.catalogue.off_loop(parse, raw)
+        headers += ignored_header([*parsed.dropped, *_unknown_betas(request)])
+        return parsed
+
+    @app.post(PATH, openapi_extra=_body_schema())
+    async def messages(request: Request) -> Response:
+        parsed = await read(request, parse_messages)
+        wanted = parsed.ask.max_tokens
+        return GenerationResponse(
+            gateway,
+            parsed.ask,
+            lambda head, _: MessagesDialect(head, wanted),
+            f"msg_{secrets.token_hex(12)}",
+            request.state.request_id,
+        )
+
+    @app.post(f"{PATH}/count_tokens", openapi_extra=_body_schema())
+    async def count_tokens(request: Request) -> Response:
+        parsed = await read(request, parse_count)
+        return JSONResponse({"input_tokens": await count_prompt(parsed.ask, gateway.catalogue)})
+
+
+def ignored_header(names: Iterable[str]) -> list[tuple[bytes, bytes]]:
+    """The header that names what was dropped, or none. A name that does not belong into a header is left out."""
+    shown = [name for name in dict.fromkeys(names) if _NAME.fullmatch(name)][:MAX_NAMES_IN_HEADER]
+    return [(IGNORED_HEADER, ", ".join(shown).encode())] if shown else []
+
+
+def _unknown_betas(request: Request) -> list[str]:
+    listed = ",".join(request.headers.getlist("anthropic-beta"))
+    betas = (beta.strip() for beta in listed.split(","))
+    return [beta for beta in betas if beta and _DATE.sub("", beta) not in _KNOWN_BETAS]
+
+
+def _body_schema() -> dict[str, object]:
+    schema = MessagesBody.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
