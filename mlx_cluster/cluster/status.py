@@ -91,6 +91,8 @@ class NodeStatus:
     memory_total_bytes: int
     memory_free_bytes: int
     cores: int
+    transports: tuple[str, ...] = ("grpc", "ring")  # kinds of links that this machine can bring up
+    mpi: tuple[int, int] | None = None  # (rank, size) when mpirun started this agent
     leader: int | None = None
     term: int = 0
     document: tuple[int, int] = (0, 0)
@@ -121,8 +123,11 @@ class NodeStatus:
         """Inverse of ``to_json``. Raises ``TypeError``, ``KeyError`` or ``ValueError`` on anything else."""
         data = dict(data)
         term, version = data.pop("document")
+        mpi = data.pop("mpi")
         return cls(
             document=(term, version),
+            mpi=(mpi[0], mpi[1]) if mpi is not None else None,
+            transports=tuple(data.pop("transports")),
             models=tuple(
                 ModelFacts(**{**facts, "layer_bytes": tuple(facts["layer_bytes"])}) for facts in data.pop("models")
             ),

@@ -35,6 +35,7 @@ from mlx_cluster.node.drivers import Drivers
 from mlx_cluster.node.identity import Identity, ipv4_of
 from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.models import LocalModels
+from mlx_cluster.node.mpi import rank_and_size
 from mlx_cluster.node.peers import OwnAgent, Peers
 from mlx_cluster.node.placer import ClusterPlacer, with_transport
 from mlx_cluster.node.stages import StageHost, StageStarter
@@ -235,6 +236,8 @@ class Agent:
             memory_total_bytes=self._total_bytes,
             memory_free_bytes=free,
             cores=machine.cores(),
+            transports=machine.transports(),
+            mpi=rank_and_size(os.environ),
             leader=self._leadership.node_id,
             term=self._leadership.term,
             document=self.state.document.rank,

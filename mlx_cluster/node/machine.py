@@ -18,6 +18,7 @@ import mlx_cluster
 _MEMINFO = Path("/proc/meminfo")
 _CUDA_WHEELS = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
 _VM_STAT_SECONDS = 2.0
+_JACCL_MACOS = (26, 2)
 
 
 def total_bytes() -> int:
@@ -57,6 +58,17 @@ def has_gpu() -> bool:
     if sys.platform == "darwin":
         return platform.machine() == "arm64"
     return any(_version(wheel) for wheel in _CUDA_WHEELS)
+
+
+def transports() -> tuple[str, ...]:
+    """Kinds of links that can be brought up here, when somebody asks for them by name; mpi depends on mpirun."""
+    kinds = ["grpc", "ring"]
+    if sys.platform == "darwin":
+        release = tuple(int(part) for part in platform.mac_ver()[0].split(".")[:2] if part.isdigit())
+        kinds += ["jaccl"] if has_gpu() and release >= _JACCL_MACOS else []
+    elif has_gpu():
+        kinds.append("nccl")
+    return tuple(kinds)
 
 
 def versions() -> str:

@@ -17,7 +17,7 @@ from mlx_cluster.config.names import manual_stages
 from mlx_cluster.config.schema import ModelEntry, Settings
 from mlx_cluster.errors import ConfigError, LinkUnavailable, PlanError
 from mlx_cluster.plan import ModelRef, Plan
-from mlx_cluster.transport.choose import Choice, choose
+from mlx_cluster.transport.choose import ALWAYS_THERE, Choice, choose
 
 
 class ClusterPlacer:
@@ -84,6 +84,15 @@ def with_transport(settings: Settings, plan: Plan, nodes: Sequence[NodeStatus], 
         cores_per_stage=cores,
         tls_required=settings.network.tls_required,
         trusted=not settings.network.tls_required,
+        available=_available(plan, by_id),
         failed=failed,
     )
     return replace(plan, transport=choice.kind, transport_reason=choice.reason)
+
+
+def _available(plan: Plan, nodes: Mapping[int, NodeStatus]) -> frozenset[str]:
+    """Kinds that every stage's node can bring up; mpi when the stages are the ranks of one mpirun, in order."""
+    holders = [nodes[stage.node_id] for stage in plan.stages if stage.node_id in nodes]
+    kinds = frozenset.intersection(*(frozenset(status.transports) for status in holders)) if holders else ALWAYS_THERE
+    ranks = [(index, plan.num_stages) for index in range(plan.num_stages)]
+    return kinds | {"mpi"} if [status.mpi for status in holders] == ranks else kinds

@@ -139,6 +139,8 @@ def test_death_comes_after_the_threshold_and_never_before(pauses: list[float], t
 def test_a_status_survives_its_json() -> None:
     value = status(
         1,
+        transports=("grpc", "nccl"),
+        mpi=(1, 3),
         leader=0,
         term=4,
         document=(4, 9),
