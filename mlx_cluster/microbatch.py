@@ -13,7 +13,7 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from mlx_cluster.request import Sampling
+from mlx_cluster.request import Grammar, Sampling
 
 
 class Kind(IntEnum):
@@ -26,8 +26,10 @@ class Kind(IntEnum):
 class RowSpec:
     """Sent once, with the first microbatch that names the row.
 
-    ``history`` (prompt and already emitted ids) and ``prompt_length`` are filled only where penalties need them.
-    ``first_index`` is the token index of the first token this row will draw.
+    ``history`` (prompt and already emitted ids) and ``prompt_length`` are filled only where penalties need them; where
+    only a grammar does, ``history`` has just the emitted ids, and ``prompt_length`` is 0. ``first_index`` is the token
+    index of the first token this row will draw. ``stop_token_ids`` come with a grammar: they may be drawn exactly where
+    it may end.
     """
 
     row: int
@@ -36,6 +38,8 @@ class RowSpec:
     first_index: int = 0
     prompt_length: int = 0
     history: tuple[int, ...] = ()
+    grammar: Grammar | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
+GrammarKind = Literal["json_schema", "regex", "lark", "choice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,24 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a sequence may say. ``mlx_cluster.grammar`` checks it.
+
+    ``source`` is a JSON schema, a regular expression, a Lark grammar in llguidance's dialect, or for "choice" a JSON
+    list of strings, one of which is said whole.
+    """
+
+    kind: GrammarKind
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One generation: ``n`` of them make a client's request.
 
     ``emitted`` are ids that an earlier attempt already delivered; the engine prefills them after the prompt and the
     first new token gets index ``len(emitted)``. ``stop_token_ids`` end the sequence (the id is delivered too).
+    Under a ``grammar`` the last stage lets only its tokens pass, and a stop token exactly where it may end.
     """
 
     request_id: str
@@ -59,6 +73,7 @@ class SequenceRequest:
     stop_token_ids: frozenset[int] = frozenset()
     emitted: tuple[int, ...] = ()
     priority: int = 0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

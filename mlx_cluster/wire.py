@@ -9,7 +9,7 @@ from __future__ import annotations
 from mlx_cluster import errors
 from mlx_cluster._pb import engine_pb2, stage_pb2
 from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report, RowSpec, Sampled
-from mlx_cluster.request import Admitted, Event, Finished, Sampling, SequenceRequest, Token
+from mlx_cluster.request import Admitted, Event, Finished, Grammar, Sampling, SequenceRequest, Token
 
 # gRPC's default limit of 4 MiB is below one 512-token chunk of a 7B model (3.67 MB), so every channel and server
 # of the project raises it; keepalive finds a peer that vanished without closing its socket.
@@ -58,6 +58,14 @@ def decode_sampling(message: stage_pb2.Sampling) -> Sampling:
     )
 
 
+def encode_grammar(value: Grammar | None) -> stage_pb2.Grammar | None:
+    return None if value is None else stage_pb2.Grammar(kind=value.kind, source=value.source)
+
+
+def decode_grammar(message: stage_pb2.Grammar) -> Grammar:
+    return Grammar(message.kind, message.source)  # type: ignore[arg-type]  # the sender's Grammar is typed
+
+
 # -- engine → stage ------------------------------------------------------------------------------
 
 
@@ -77,6 +85,8 @@ def encode_microbatch(value: Microbatch) -> stage_pb2.Microbatch:
                 first_index=spec.first_index,
                 prompt_length=spec.prompt_length,
                 history=spec.history,
+                grammar=encode_grammar(spec.grammar),
+                stop_token_ids=spec.stop_token_ids,
             )
             for spec in value.admit
         ],
@@ -100,6 +110,8 @@ def decode_microbatch(message: stage_pb2.Microbatch) -> Microbatch:
                 first_index=spec.first_index,
                 prompt_length=spec.prompt_length,
                 history=tuple(spec.history),
+                grammar=decode_grammar(spec.grammar) if spec.HasField("grammar") else None,
+                stop_token_ids=tuple(spec.stop_token_ids),
             )
             for spec in message.admit
         ),
@@ -164,6 +176,7 @@ def encode_sequence_request(value: SequenceRequest) -> engine_pb2.SequenceReques
         stop_token_ids=sorted(value.stop_token_ids),
         emitted=value.emitted,
         priority=value.priority,
+        grammar=encode_grammar(value.grammar),
     )
 
 
@@ -178,6 +191,7 @@ def decode_sequence_request(message: engine_pb2.SequenceRequest) -> SequenceRequ
         stop_token_ids=frozenset(message.stop_token_ids),
         emitted=tuple(message.emitted),
         priority=message.priority,
+        grammar=decode_grammar(message.grammar) if message.HasField("grammar") else None,
     )
 
 

@@ -7,10 +7,11 @@ Invariant: per choice, parts come in the order in which the model wrote them; a 
 of ``CallArguments`` whose texts together are one JSON object, one ``CallEnd``, with nothing of another call between.
 
 How a dialect meets them. A session yields ``session.Delta`` for text (``delta.piece`` is a ``choice.Piece``) and
-``session.PartDelta`` for everything else (``part`` is a ``Thought``, ``CallStart``, ``CallArguments`` or ``CallEnd``);
-``session.ChoiceEnd.reason`` is "tool_calls" when the choice ended with at least one call. A dialect prints the first by
-``delta``, the second by ``part``. An answer that is not streamed is ``openai.Answered``: its ``text``, ``reasoning`` and
-``calls`` are whole, and ``parts`` has their order. A call that was cut off by the length limit has no ``CallEnd``.
+``session.PartDelta`` for everything else (``part`` is a ``Thought``, ``CallStart``, ``CallArguments`` or
+``CallEnd``); ``session.ChoiceEnd.reason`` is "tool_calls" when the choice ended with at least one call. A dialect
+prints the first by ``delta``, the second by ``part``. An answer that is not streamed is ``openai.Answered``: its
+``text``, ``reasoning`` and ``calls`` are whole, and ``parts`` has their order. A call that was cut off by the length
+limit has no ``CallEnd``.
 """
 
 from __future__ import annotations

@@ -68,10 +68,14 @@ class PendingTokens:
 
     def wait(self) -> Outcome:
         try:
-            return Outcome(sampled=tuple(self._read()), failed=self.failed)
+            sampled = self._read()
         except RuntimeError as error:
             failed = _all_failed(self.rows, error)
             return Outcome(failed=failed + self.failed)
+        if self.failed:
+            refused = {failure.row for failure in self.failed}  # drawn with the others, but of no meaning
+            sampled = [drawn for drawn in sampled if drawn.row not in refused]
+        return Outcome(sampled=tuple(sampled), failed=self.failed)
 
     def _read(self) -> list[Sampled]:
         tokens: Any = self.drawn.tokens.tolist()

@@ -17,11 +17,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_cluster.errors import LinkMismatch
+from mlx_cluster.errors import LinkMismatch, RowFailed
 from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import sampling, state
 from mlx_cluster.model.cache import Caches, Group
+from mlx_cluster.model.grammar import Grammars, RowGrammar
 from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, load_slice
 from mlx_cluster.model.pending import Finished, PendingFill, PendingFrame, PendingTokens
 from mlx_cluster.model.sampling import Draw
@@ -48,6 +49,7 @@ class _Row:
     seen: Counter[int] = field(default_factory=Counter)
     emitted: Counter[int] = field(default_factory=Counter)
     problem: str | None = None
+    grammar: RowGrammar | None = None
 
     def draw(self) -> Draw:
         """The row's next draw; counts it."""
@@ -64,13 +66,14 @@ class _Row:
 class SliceRunner:
     """Implements ``microbatch.Runner`` with a loaded slice."""
 
-    def __init__(self, loaded: LoadedSlice) -> None:
+    def __init__(self, loaded: LoadedSlice, model_dir: Path) -> None:
         self.slice = loaded.slice
         self.device = loaded.device
         self.slice_bytes = loaded.num_bytes
         self._rows: dict[int, _Row] = {}
         self._groups: dict[int, Group] = {}
         self._submitted = 0
+        self._grammars = Grammars(model_dir, self.slice.vocab_size) if self.slice.last else None
 
     @classmethod
     def load(
@@ -97,7 +100,7 @@ class SliceRunner:
             memory_budget_bytes=memory_budget_bytes,
             on_progress=on_progress,
         )
-        return cls(loaded)
+        return cls(loaded, model_dir)
 
     @property
     def memory_bytes(self) -> int:
@@ -117,6 +120,8 @@ class SliceRunner:
     def warm_up(self) -> None:
         """Run a prompt and a batched step once: some operations are compiled at first use, which takes seconds."""
         rows = _WARM_UP_ROWS
+        if self._grammars is not None:
+            self._grammars.warm_up()
         samplings = (
             Sampling(temperature=0.0, top_logprobs=1),
             Sampling(temperature=1.0, top_k=2, top_p=0.5, min_p=0.1),
@@ -204,10 +209,33 @@ class SliceRunner:
             filled = mx.depends(mx.zeros((1,), mx.uint8), arrays)
             async_eval(filled, cached)
             return PendingFill(filled, header.rows, failures)
-        drawn = sampling.sample(output[0][:, -1], [self._rows[row].draw() for row in rows])
+        logits = output[0][:, -1]
+        masks: dict[int, Any] = {}
+        if any(self._rows[row].grammar is not None for row in rows):
+            async_eval(logits, cached)  # the masks are computed while the device runs the forward pass
+            masks, refused = self._masks(header, rows)
+            failures += refused
+        drawn = sampling.sample(logits, [self._rows[row].draw() for row in rows], masks)
         async_eval(drawn.arrays(), cached)
         wanted = [self._rows[row].spec.sampling.top_logprobs for row in rows]
         return PendingTokens(drawn, rows, wanted, failures)
+
+    def _masks(self, header: Microbatch, rows: Sequence[int]) -> tuple[dict[int, Any], tuple[FailedRow, ...]]:
+        """Masks by index in ``rows``, and the rows whose grammar cannot go on. A decode step's token is consumed."""
+        masks: dict[int, Any] = {}
+        refused: list[FailedRow] = []
+        for index, row in enumerate(rows):
+            grammar = self._rows[row].grammar
+            if grammar is None:
+                continue
+            try:
+                if header.kind is Kind.DECODE:
+                    grammar.consume(header.tokens[header.rows.index(row)])
+                masks[index] = grammar.mask()
+            except RowFailed as error:
+                self._rows[row].problem = str(error)
+                refused.append(FailedRow(row, str(error)))
+        return masks, tuple(refused)
 
     def _decode_parts(self, header: Microbatch, good: list[int]) -> list[row_cache.Part]:
         """Bring the group into the order that the header asks for."""
@@ -228,6 +256,9 @@ class SliceRunner:
         row = _Row(spec, problem=sampling.check_ids(spec.sampling, spec.history, self.slice.vocab_size))
         if spec.sampling.needs_history:
             row.seen, row.emitted = Counter(spec.history), Counter(spec.history[spec.prompt_length :])
+        if spec.grammar is not None and self._grammars is not None:
+            emitted = spec.history[spec.prompt_length :]
+            row.grammar = self._grammars.begin(spec.grammar, emitted, spec.stop_token_ids)
         self._rows[spec.row] = row
 
     def _release(self, row: int) -> None:

@@ -5,23 +5,24 @@ Does not own: what a row has emitted so far (``model.runner``).
 Invariant: what a row draws depends on its logits, its parameters and (seed, choice, token index), never on its
 neighbours in the batch.
 
-Semantics, in this order: ``logit_bias`` is added; ``repetition_penalty`` divides positive and multiplies negative
-logits of every token in prompt or output; ``presence_penalty`` and ``frequency_penalty`` are subtracted for tokens in
-the output; then ``top_k``, ``top_p`` and ``min_p`` each look at the resulting distribution at temperature 1, as
-mlx-lm's samplers do, and a token must pass all three; then the temperature applies and a token is drawn. Tokens that
-tie with the last one to pass a filter pass too. Log probabilities are the log-softmax of the *raw* logits, before all
-of this, as OpenAI and vLLM report them.
+Semantics, in this order: what a grammar's mask forbids is -inf, and stays it; ``logit_bias`` is added;
+``repetition_penalty`` divides positive and multiplies negative logits of every token in prompt or output;
+``presence_penalty`` and ``frequency_penalty`` are subtracted for tokens in the output; then ``top_k``, ``top_p`` and
+``min_p`` each look at the resulting distribution at temperature 1, as mlx-lm's samplers do, and a token must pass all
+three; then the temperature applies and a token is drawn. Tokens that tie with the last one to pass a filter pass too.
+Log probabilities are the log-softmax of the *raw* logits, before all of this, as OpenAI and vLLM report them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_cluster.request import Sampling
 
@@ -56,10 +57,13 @@ class Drawn:
         return [a for a in (self.tokens, self.logprobs, self.top_ids, self.top_logprobs) if a is not None]
 
 
-def sample(logits: mx.array, draws: Sequence[Draw]) -> Drawn:
-    """Build the draw of one token per row from ``logits`` (rows, vocabulary). Ids in ``draws`` must be below it."""
+def sample(logits: mx.array, draws: Sequence[Draw], masks: Mapping[int, NDArray[np.uint32]] | None = None) -> Drawn:
+    """Build the draw of one token per row from ``logits`` (rows, vocabulary). Ids in ``draws`` must be below it.
+
+    ``masks`` are bit masks of allowed tokens, 32 to a word, for the rows (by index) that have one.
+    """
     raw = logits.astype(mx.float32)
-    adjusted = _adjust(raw, draws)
+    adjusted = _adjust(_allow(raw, masks) if masks else raw, draws)
     tokens = mx.argmax(adjusted, axis=-1).astype(mx.int32)
     warm = [row for row, draw in enumerate(draws) if not _is_greedy(draw.sampling)]
     if warm:
@@ -88,6 +92,25 @@ def check_ids(sampling: Sampling, history: Sequence[int], vocab_size: int) -> st
 
 def _is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature <= 0 or sampling.top_k == 1
+
+
+def _allow(logits: mx.array, masks: Mapping[int, NDArray[np.uint32]]) -> mx.array:
+    """-inf wherever a row's mask has no bit; rows without a mask stay as they are."""
+    rows = list(masks)
+    vocab = logits.shape[-1]
+    words = np.zeros((len(rows), -(-vocab // 32)), np.uint32)
+    for at, row in enumerate(rows):
+        width = min(words.shape[1], masks[row].size)
+        words[at, :width] = masks[row][:width]
+    bits = mx.right_shift(mx.array(words)[:, :, None], mx.arange(32, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(len(rows), -1)[:, :vocab].astype(mx.bool_)
+    if len(rows) == logits.shape[0]:
+        where = mx.array(sorted(range(len(rows)), key=rows.__getitem__))
+        return mx.where(allowed[where], logits, -mx.inf)
+    at_rows = mx.array(rows)
+    result = logits + 0  # an update in place would change the raw values
+    result[at_rows] = mx.where(allowed, logits[at_rows], -mx.inf)
+    return result
 
 
 def _adjust(logits: mx.array, draws: Sequence[Draw]) -> mx.array:

@@ -11,12 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mlx_cluster"
 
 # unit → units it may import besides itself
-FACTS = {"errors", "config", "plan", "request", "microbatch", "log", "metrics", "wire", "_pb", "lifeline"}
+FACTS = {"errors", "config", "plan", "request", "grammar", "microbatch", "log", "metrics", "wire", "_pb", "lifeline"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "_pb": set(),
     "plan": {"errors"},
     "request": {"errors"},
+    "grammar": {"errors", "request"},
     "microbatch": {"errors", "request"},
     "config": {"errors", "plan"},
     "log": {"errors", "config"},
@@ -57,6 +58,7 @@ EDGES: dict[str, tuple[str, ...]] = {
     "rich": ("cli/", "model/hub.py"),
     "huggingface_hub": ("model/hub.py",),
     "mpi4py": ("node/mpi.py",),
+    "llguidance": ("grammar.py", "model/grammar.py"),
 }
 
 

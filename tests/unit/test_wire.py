@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlx_cluster import errors, wire
 from mlx_cluster._pb import engine_pb2, stage_pb2
 from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report, RowSpec, Sampled
-from mlx_cluster.request import Admitted, Finished, Sampling, SequenceRequest, Token
+from mlx_cluster.request import Admitted, Finished, Grammar, Sampling, SequenceRequest, Token
 
 small = st.integers(0, 2**31)
 real = st.floats(allow_nan=False, allow_infinity=False)
@@ -28,8 +28,19 @@ samplings = st.builds(
     logit_bias=pairs,
     top_logprobs=st.none() | st.integers(0, 20),
 )
+grammars = st.none() | st.builds(
+    Grammar, kind=st.sampled_from(["json_schema", "regex", "lark", "choice"]), source=st.text(max_size=9)
+)
 specs = st.builds(
-    RowSpec, row=small, sampling=samplings, choice=small, first_index=small, prompt_length=small, history=ids
+    RowSpec,
+    row=small,
+    sampling=samplings,
+    choice=small,
+    first_index=small,
+    prompt_length=small,
+    history=ids,
+    grammar=grammars,
+    stop_token_ids=ids,
 )
 microbatches = st.builds(
     Microbatch,
@@ -65,6 +76,7 @@ requests = st.builds(
     stop_token_ids=st.frozensets(small, max_size=3),
     emitted=ids,
     priority=st.integers(-100, 100),
+    grammar=grammars,
 )
 events = st.one_of(
     st.builds(Admitted, cached_tokens=small),

@@ -1,0 +1,87 @@
+"""What may be asked of structured output, in llguidance's words: compiled by the last stage, checked by a gateway.
+
+Owns: the translation of a ``request.Grammar`` and its bounds; both sides use it, so that what a gateway lets pass is
+what a stage compiles.
+Does not own: matchers and masks (``model.grammar``), what a dialect calls a grammar (``gateway.structured``).
+Invariant: what ``check`` lets pass, llguidance can parse; nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llguidance import LLMatcher
+
+from mlx_cluster.errors import InvalidRequest
+from mlx_cluster.request import Grammar
+
+# A grammar travels to every stage with its row's first header, and is compiled once for each row.
+MAX_SOURCE_BYTES = 64 * 1024
+MAX_DEPTH = 64
+MAX_CHOICES = 512
+
+# One optional space after a separator and none elsewhere: with free whitespace a model can dawdle for ever between
+# two tokens of JSON, and small ones do.
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+
+def to_llguidance(grammar: Grammar) -> str:
+    """The grammar as llguidance takes it. Raises ``ValueError`` when the source is not even JSON where it should be."""
+    match grammar.kind:
+        case "json_schema":
+            # Only an object takes options; ``true`` means any value, and ``false`` is refused by whom it reaches.
+            source = "{}" if grammar.source.strip() == "true" else grammar.source
+            return str(LLMatcher.grammar_from_json_schema(source, overrides=JSON_STYLE))
+        case "regex":
+            return str(LLMatcher.grammar_from_regex(grammar.source))
+        case "lark":
+            return str(LLMatcher.grammar_from_lark(grammar.source))
+        case "choice":
+            return str(LLMatcher.grammar_from_lark(choice_rule(json.loads(grammar.source))))
+    raise ValueError(f"an unknown kind of grammar: {grammar.kind!r}")
+
+
+def choice_rule(choices: list[str]) -> str:
+    """A Lark grammar that says one of these strings."""
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def json_rule(schema: Any) -> str:
+    """A JSON schema as the right side of a Lark rule."""
+    styled = {**schema, "x-guidance": JSON_STYLE} if isinstance(schema, dict) else schema
+    return "%json " + json.dumps(styled, ensure_ascii=False)
+
+
+def check(grammar: Grammar, param: str) -> None:
+    """Raise ``InvalidRequest`` with the reason when a grammar cannot be served. ``param`` is the client's name for it.
+
+    Takes milliseconds for a large schema: keep that off an event loop.
+    """
+    size = len(grammar.source.encode())
+    if size > MAX_SOURCE_BYTES:
+        raise _invalid(f"it has {size} bytes, {MAX_SOURCE_BYTES} are possible: make it smaller", param)
+    try:
+        if grammar.kind in ("json_schema", "choice") and (depth := _depth(json.loads(grammar.source))) > MAX_DEPTH:
+            raise _invalid(f"it is nested {depth} levels deep, {MAX_DEPTH} are possible: flatten it", param)
+        source = to_llguidance(grammar)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(str(error), param) from None
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(source)
+    if is_error:
+        raise _invalid(" ".join(messages[0].split())[:500], param)
+
+
+def _invalid(reason: str, param: str) -> InvalidRequest:
+    return InvalidRequest(f"{param} cannot be served: {reason}", param=param, code="invalid_grammar")
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested; walks by hand, since the value may be deeper than Python's stack."""
+    deepest, waiting = 0, [(value, 1)]
+    while waiting:
+        node, level = waiting.pop()
+        if isinstance(node, dict | list):
+            deepest = max(deepest, level)
+            waiting += [(child, level + 1) for child in (node.values() if isinstance(node, dict) else node)]
+    return deepest
