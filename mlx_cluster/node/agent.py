@@ -10,6 +10,7 @@ does not name is not started, and one that it no longer names is stopped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import time
@@ -297,8 +298,10 @@ class Agent:
             )
         if plan.stages[index].node_id != self.identity.node_id or epoch.version != plan.version:
             raise Fenced(f"stage {index} of {plan.pipeline} in epoch {epoch} is not {self.identity.name}'s")
-        async for progress in self.stages.start(plan, index, epoch):
-            yield progress
+        starting = self.stages.start(plan, index, epoch)
+        async with contextlib.aclosing(starting):  # a driver that leaves ends the start
+            async for progress in starting:
+                yield progress
 
     async def link_stage(self, request: cluster_pb2.LinkStageRequest) -> None:
         await self.stages.link(request)
