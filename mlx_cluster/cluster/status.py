@@ -20,8 +20,9 @@ PipelineState = Literal["loading", "ready", "failed"]
 class ModelFacts:
     """A model that this node can load from its own disk, and what its parts weigh.
 
-    ``layer_bytes`` has one entry per layer; ``embed_bytes`` rests on the first stage, ``head_bytes`` (final norm and
-    head, the embedding again where it is tied) on the last one. ``kv_bytes_per_token`` is for one layer.
+    ``layer_bytes`` has one entry per layer; ``embed_bytes`` rests on the first stage (with ``tied`` on the last one too,
+    with ``embedding_everywhere`` on all), ``head_bytes`` (final norm and head) on the last one. ``legal_cuts`` are the
+    layers at which a stage may start. ``kv_bytes_per_token`` is for one layer.
     ``dense_ratio`` says how much more the weights take in this node's memory than on its disk, ``least_ratio`` the same
     when memory is short and quantized weights stay packed.
     """
@@ -35,6 +36,9 @@ class ModelFacts:
     max_context: int = 0
     dense_ratio: float = 1.0
     least_ratio: float = 1.0
+    tied: bool = False
+    embedding_everywhere: bool = False
+    legal_cuts: tuple[int, ...] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -128,9 +132,7 @@ class NodeStatus:
             document=(term, version),
             mpi=(mpi[0], mpi[1]) if mpi is not None else None,
             transports=tuple(data.pop("transports")),
-            models=tuple(
-                ModelFacts(**{**facts, "layer_bytes": tuple(facts["layer_bytes"])}) for facts in data.pop("models")
-            ),
+            models=tuple(_facts_from_json(facts) for facts in data.pop("models")),
             missing=tuple((model, why) for model, why in data.pop("missing")),
             stages=tuple(
                 StageStatus(**{**stage, "epoch": Epoch.parse(stage["epoch"])}) for stage in data.pop("stages")
@@ -143,3 +145,9 @@ class NodeStatus:
             unplaced=tuple((model, why) for model, why in data.pop("unplaced")),
             **data,
         )
+
+
+def _facts_from_json(data: dict[str, Any]) -> ModelFacts:
+    cuts = data.pop("legal_cuts")
+    layers = tuple(data.pop("layer_bytes"))
+    return ModelFacts(**data, layer_bytes=layers, legal_cuts=None if cuts is None else tuple(cuts))

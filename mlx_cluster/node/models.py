@@ -17,7 +17,7 @@ from mlx_cluster.cluster.status import ModelFacts
 from mlx_cluster.config.names import settings_of_node
 from mlx_cluster.config.schema import ModelEntry, NodeEntry, Settings
 from mlx_cluster.errors import CheckpointError, ClusterError
-from mlx_cluster.model import checkpoint
+from mlx_cluster.model import checkpoint, families
 from mlx_cluster.node import machine
 from mlx_cluster.plan import Plan
 
@@ -98,17 +98,20 @@ class LocalModels:
             )
         known = checkpoint.max_context(config)
         dense, least = self._ratios(costs, quantized="quantization" in config or "quantization_config" in config)
-        head = costs.head + costs.embedding if costs.tied else costs.head
+        cuts = families.legal_cuts(config)
         facts = ModelFacts(
             id=model_id,
             manifest_hash=checkpoint.manifest_hash(directory),
             layer_bytes=tuple(cost.stored_bytes for cost in costs.layers),
             embed_bytes=costs.embedding.stored_bytes,
-            head_bytes=head.stored_bytes,
+            head_bytes=costs.head.stored_bytes,
             kv_bytes_per_token=checkpoint.kv_bytes_per_token(config),
             max_context=min(entry.max_context, known) if entry.max_context else min(known, DEFAULT_MAX_CONTEXT),
             dense_ratio=dense,
             least_ratio=least,
+            tied=costs.tied,
+            embedding_everywhere=costs.embedding_everywhere,
+            legal_cuts=tuple(cuts) if len(cuts) < len(costs.layers) - 1 else None,
         )
         return LocalModel(directory, facts, int((directory / "config.json").stat().st_mtime))
 

@@ -63,6 +63,9 @@ def costs_of(facts: ModelFacts, ratio: float) -> ModelCosts:
         layer_bytes=tuple(round(num_bytes * ratio) for num_bytes in facts.layer_bytes),
         head_bytes=round(facts.head_bytes * ratio),
         kv_bytes=facts.kv_bytes_per_token * facts.max_context,
+        tied=facts.tied,
+        embedding_everywhere=facts.embedding_everywhere,
+        legal_cuts=None if facts.legal_cuts is None else frozenset(facts.legal_cuts),
     )
 
 

@@ -68,7 +68,7 @@ def choose(
         return Choice("grpc", "auto: a stage cannot use the ring")
     fewest = min(cores_per_stage, default=0)
     if fewest < 2:
-        return Choice("grpc", f"auto: a host has {fewest} core(s) for each stage, and a waiting ring keeps one busy")
+        return Choice("grpc", "auto: a host has fewer than two cores for each stage, and a waiting ring keeps one busy")
     return Choice("ring", "auto: every host has two cores or more for each stage")
 
 

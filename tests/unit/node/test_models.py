@@ -30,7 +30,8 @@ async def test_facts_come_from_this_nodes_own_directory(tiny_model: Path) -> Non
     assert (facts.id, facts.num_layers, facts.max_context) == ("tiny", 6, 4096)
     assert facts.manifest_hash == checkpoint.manifest_hash(tiny_model)
     assert facts.layer_bytes == tuple(cost.stored_bytes for cost in costs.layers)
-    assert facts.head_bytes == costs.head.stored_bytes + costs.embedding.stored_bytes, "the head is tied"
+    assert (facts.head_bytes, facts.tied) == (costs.head.stored_bytes, True), "the last stage holds the embedding too"
+    assert facts.legal_cuts is None, "any cut is legal"
     assert facts.dense_ratio == facts.least_ratio == 1.0, "float32 on disk, float32 in memory"
     assert models.missing == ()
 

@@ -21,8 +21,8 @@ def test_auto_takes_the_ring_where_cores_are_free() -> None:
 @pytest.mark.parametrize(
     ("facts", "word"),
     [
-        ({"cores_per_stage": [8, 1, 8]}, "1 core"),
-        ({"cores_per_stage": []}, "0 core"),
+        ({"cores_per_stage": [8, 1, 8]}, "fewer than two cores"),
+        ({"cores_per_stage": []}, "fewer than two cores"),
         ({"tls_required": True, "trusted": False}, "trusted_links"),
         ({"failed": {"ring": "port 18100 is taken"}}, "port 18100 is taken"),
         ({"available": {"grpc"}}, "cannot use the ring"),
