@@ -14,7 +14,7 @@ from mlx_cluster.cluster.election.values import NOTHING, Durable
 from tests.sim.checker import Broken
 from tests.sim.world import SETTINGS, Node, World
 
-MIN_EVENTS = 300
+MIN_EVENTS = 600
 
 
 class Faults:
@@ -24,13 +24,14 @@ class Faults:
         self.world, self.rng = world, world.rng
         kinds: list[tuple[Callable[[], None], float]] = [
             (self.crash, 3),
-            (self.restart, 4),
+            (self.restart, 0.5),
             (self.pause, 2),
-            (self.cut, 3),
-            (self.isolate, 2),
-            (self.mend, 4),
-            (self.storm, 2),
-            (self.calm, 2),
+            (self.cut, 2),
+            (self.deafen, 2),
+            (self.isolate, 3),
+            (self.mend, 0.5),
+            (self.storm, 1),
+            (self.calm, 1.5),
             (self.wall_jump, 0.5),
             (self.lose_disk, 0.8),
             (self.roll_back, 0.8),
@@ -38,12 +39,11 @@ class Faults:
             (self.remove_voter, 1),
             (self.transfer, 1),
             (self.shift_priority, 0.3),
-            (self.propose, 5),
-            (self.order, 2),
+            (self.propose, 4),
+            (self.order, 1),
         ]
         self.kinds = [kind for kind, _ in kinds]
         self.weights = [weight * self.rng.choice((0, 0.5, 1, 1, 3)) for _, weight in kinds]
-        self.weights[self.kinds.index(self.restart)] += 2
         self.weights[self.kinds.index(self.propose)] += 1
         self.pace = self.rng.uniform(0.15, 0.6)
         self.stopped = False
@@ -85,6 +85,14 @@ class Faults:
         node = self._leader_or_any(self._running())
         if node is not None:
             self.world.crash(node)
+            self.world.at(self.world.now + self._downtime(), self._restart, node)
+
+    def _downtime(self) -> float:
+        return self.rng.choice((0.2, 1.5, 5.0, 15.0)) * self.rng.random()
+
+    def _restart(self, node: Node) -> None:
+        if node.election is None and node.protected_until <= self.world.now:
+            self.world.boot(node)
 
     def restart(self) -> None:
         down = [n for n in self._open() if n.election is None]
@@ -114,6 +122,7 @@ class Faults:
         self.world.crash(node)
         self.world.checker.lost.add(node.voter)
         self.world.blank_disk(node)
+        self.world.at(self.world.now + self._downtime(), self._restart, node)
 
     def _may_lose(self, node: Node) -> bool:
         last = self.world.checker.last
@@ -155,11 +164,26 @@ class Faults:
 
     # -- network -----------------------------------------------------------------------------------------
 
+    def _cut(self, links: set[tuple[str, str]]) -> None:
+        cut, seconds = self.world.weather.cut, self.rng.choice((0.7, 3.0, 3.0, 6.0)) * self.rng.random()
+        cut |= links
+        self.world.at(self.world.now + seconds, self._mend, links)
+
+    def _mend(self, links: set[tuple[str, str]]) -> None:
+        self.world.weather.cut -= links
+
     def cut(self) -> None:
         """Some directions of some links."""
         names = list(self.world.nodes)
-        for _ in range(self.rng.randint(1, len(names))):
-            self.world.weather.cut.add((self.rng.choice(names), self.rng.choice(names)))
+        num_links = self.rng.randint(1, len(names))
+        self._cut({(self.rng.choice(names), self.rng.choice(names)) for _ in range(num_links)})
+
+    def deafen(self) -> None:
+        """One voter no longer hears the leader, and everybody else does."""
+        running = self._running()
+        for leader in running:
+            if leader.election is not None and leader.election.leading is not None:
+                self._cut({(leader.name, self.rng.choice(running).name)})
 
     def isolate(self) -> None:
         """A group of nodes hears nobody else, or is heard by nobody else, or both."""
@@ -168,12 +192,9 @@ class Faults:
         group = {self.rng.choice(names) if leader is None else leader.name}
         group |= set(self.rng.sample(names, self.rng.randint(0, len(names) // 2)))
         deaf, mute = self.rng.choice(((True, True), (True, True), (True, False), (False, True)))
-        for inside in group:
-            for outside in set(names) - group:
-                if mute:
-                    self.world.weather.cut.add((inside, outside))
-                if deaf:
-                    self.world.weather.cut.add((outside, inside))
+        others = set(names) - group
+        links = {(i, o) for i in group for o in others} if mute else set()
+        self._cut(links | ({(o, i) for i in group for o in others} if deaf else set()))
 
     def mend(self) -> None:
         self.world.weather.cut.clear()
@@ -242,10 +263,12 @@ class Faults:
                 self.world.order(node, node.election.committed.version)
 
 
-def world_of(seed: int, election: Callable[[Durable, ev.Settings], Election] = Election) -> World:
+def world_of(
+    seed: int, election: Callable[[Durable, ev.Settings], Election] = Election, world: type[World] = World
+) -> World:
     draw = random.Random(f"shape {seed}")
     size = draw.choice((1, 2, 3, 3, 3, 3, 4, 5))
-    return World(seed, size, size + draw.choice((0, 1, 1)), draw.random() < 0.25 and size > 1, election)
+    return world(seed, size, size + draw.choice((0, 1, 1)), draw.random() < 0.25 and size > 1, election)
 
 
 def history(seed: int, election: Callable[[Durable, ev.Settings], Election] = Election, trace: bool = False) -> World:

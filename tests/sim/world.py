@@ -18,8 +18,8 @@ from mlx_cluster.cluster.election.messages import Append, Message
 from mlx_cluster.cluster.election.values import Durable, Version, node_of
 from tests.sim.checker import Agent, Broken, Checker
 
-SETTINGS = ev.Settings(heartbeat_seconds=0.35, timeout_min_seconds=1.0, timeout_max_seconds=2.0, max_drift=0.05)
-FAST_SECONDS = (0.002, 0.04)
+SETTINGS = ev.Settings(heartbeat_seconds=0.45, timeout_min_seconds=1.0, timeout_max_seconds=2.0, max_drift=0.05)
+FAST_SECONDS = ((0.002, 0.04), (0.0002, 0.002))
 KNOCK_SECONDS = 0.7
 
 
@@ -75,6 +75,7 @@ class World:
         self.num_events = 0
         self.checker = Checker()
         self.weather = Weather()
+        self.fast = self.rng.choice(FAST_SECONDS)
         self.through_text = self.rng.random() < 0.02  # some histories send every message through its JSON form
         self.trace: list[str] | None = None
         self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
@@ -173,7 +174,7 @@ class World:
                     due = max(self.now, (effect.at - node.offset) / node.rate + 1e-9)
                     self.at(due, self._timer, node, node.timer, node.life)
             elif kind is ev.Persist:
-                low, high = (0.05, 1.5) if self.rng.random() < self.weather.slow_disk else (0.001, 0.02)
+                low, high = (0.05, 1.5) if self.rng.random() < self.weather.slow_disk else self.fast
                 self.at(self.now + self.rng.uniform(low, high), self._written, node, node.life, effect.durable)
                 if effect.durable.document is not None:
                     self.checker.saw(effect.durable.document)
@@ -202,7 +203,10 @@ class World:
         election = node.election
         assert election is not None
         leads = election.leading is not None
+        before = self.checker.last
         self.checker.acts_on(election.voter, effect.document, leads)
+        if self.checker.last is not before:
+            self.ask_everybody()  # the moment when another's lease would be seen to lie
         if leads:
             self.order(node, effect.document.version)
 
@@ -219,7 +223,8 @@ class World:
     def _knock(self, node: Node, life: int) -> None:
         if node.life != life or node.election is None:
             return
-        if not node.election.is_voter and node.disks > 1:
+        last = self.checker.last
+        if not node.election.is_voter and (node.disks > 1 or (last is not None and node.voter in last.voters)):
             self.hand(node, ev.Knock(tuple(self.nodes)))
         self.at(self.now + KNOCK_SECONDS, self._knock, node, life)
 
@@ -238,10 +243,10 @@ class World:
         """When copies of what is sent now arrive: none, one or two of them."""
         rng, weather = self.rng, self.weather
         if source.protected_until > self.now and target.protected_until > self.now:
-            return [rng.uniform(*FAST_SECONDS)]
+            return [rng.uniform(*self.fast)]
         if (source.name, target.name) in weather.cut or (weather.loss and rng.random() < weather.loss):
             return []
-        delays = [rng.uniform(*FAST_SECONDS)]
+        delays = [rng.uniform(*self.fast)]
         if weather.slow and rng.random() < weather.slow:
             delays = [rng.uniform(0, weather.slow_seconds)]
         if weather.doubled and rng.random() < weather.doubled:

@@ -415,14 +415,19 @@ class Election:
 
     def _on_join(self, message: Message, _: Join) -> None:
         document = self.document
-        if self.leading is None or document is None:
+        if document is not None and message.sender in document.voters:
+            # It holds a seat and does not know it: the leader that gave it may be gone, and who has the document a
+            # witness that never stands.
+            self.send(message.sender, VoteReply(False, True, document))
             return
+        if not self.is_idle or document is None:
+            return  # while its removal is not committed an id still counts, and may be needed to commit it
         if message.sender in document.retired:
             self.send(message.sender, Dismissal())
-        elif self.is_idle:
-            successor = operator.seat_for(document, message.sender, self.voter)
-            if successor is not None and operator.is_reachable(self, successor, message.sender):
-                self.write(replace(successor, version=document.next(self.term).version))
+            return
+        successor = operator.seat_for(document, message.sender, self.voter)
+        if successor is not None and operator.is_reachable(self, successor, message.sender):
+            self.write(replace(successor, version=document.next(self.term).version))
 
     def _on_dismissal(self, _message: Message, _: Dismissal) -> None:
         if not self.is_voter:
@@ -456,7 +461,7 @@ class Election:
         if self.document is not None:
             self._retire(f"the cluster was founded anew as {message.era}, this voter belongs to {self.era}")
             return False
-        if isinstance(message.body, Append | VoteRequest):
+        if isinstance(message.body, Append | VoteRequest | VoteReply):
             self.era = message.era
             self._dirty = True
             return True
