@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,7 +26,9 @@ from mlx_cluster.gateway.errors import MethodNotAllowed, RouteNotFound
 from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
 from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
+from mlx_cluster.gateway.responses_routes import add_responses
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
+from mlx_cluster.gateway.store import FILE_NAME, ResponseStore
 from mlx_cluster.metrics import CONTENT_TYPE, Metrics
 from mlx_cluster.request import Routes, ServedModel
 
@@ -56,9 +59,16 @@ class NodeInfo:
 
 
 def create_app(
-    routes: Routes, settings: ApiGatewaySection, node_info: NodeInfo, metrics: Metrics | None = None
+    routes: Routes,
+    settings: ApiGatewaySection,
+    node_info: NodeInfo,
+    metrics: Metrics | None = None,
+    state_dir: Path | None = None,
 ) -> FastAPI:
-    """The application of one gateway. ``app.state.gateway.catalogue.warm()`` loads tokenizers ahead of time."""
+    """The application of one gateway. ``app.state.gateway.catalogue.warm()`` loads tokenizers ahead of time.
+
+    ``state_dir`` keeps stored responses; without it they end with the process.
+    """
     metrics = metrics if metrics is not None else Metrics()
     gateway = Gateway(Catalogue(routes), settings, metrics.gateway)
     app = FastAPI(title="mlx-cluster", docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -67,6 +77,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _not_routed)
     _add_generation(app, gateway)
     add_messages(app, gateway)
+    add_responses(app, gateway, node_info.node_id, ResponseStore(state_dir and state_dir / FILE_NAME))
     _add_models(app, gateway)
     _add_state(app, gateway, node_info, metrics)
     return app

@@ -44,6 +44,12 @@ class RouteNotFound(InvalidRequest):
     code = "not_found"
 
 
+class ResponseNotFound(InvalidRequest):
+    """No stored response has this id."""
+
+    code = "response_not_found"
+
+
 class MethodNotAllowed(InvalidRequest):
     """The path exists, with another method."""
 
@@ -75,6 +81,7 @@ FORMS: Mapping[type[ClusterError], HttpForm] = {
     ContextLengthExceeded: HttpForm(400, "invalid_request_error"),
     ModelNotFound: HttpForm(404, "invalid_request_error"),
     RouteNotFound: HttpForm(404, "invalid_request_error"),
+    ResponseNotFound: HttpForm(404, "invalid_request_error"),
     MethodNotAllowed: HttpForm(405, "invalid_request_error"),
     # The SDKs retry 408 by themselves, and a client that could not send its body once will not the second time.
     BodyTimeout: HttpForm(408, "invalid_request_error", retry_is_useless=True),

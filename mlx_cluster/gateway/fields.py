@@ -150,6 +150,54 @@ MESSAGES: Mapping[str, Rule] = {
 }
 
 
+RESPONSES: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "model",
+            "input",
+            "instructions",
+            "max_output_tokens",
+            "temperature",
+            "top_p",
+            "stream",
+            "stream_options",
+            "store",
+            "background",
+            "previous_response_id",
+            "include",
+            "top_logprobs",
+            "text",
+            "metadata",
+            "parallel_tool_calls",
+        ),
+        HONOURED,
+    ),
+    **dict.fromkeys(
+        (
+            "user",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "client_metadata",
+            "max_tool_calls",  # counts calls of hosted tools, and there are none
+        ),
+        ADVISORY,
+    ),
+    "reasoning": _dropped("whether a model reasons is its own affair here", {}),
+    "context_management": _dropped("a conversation is not compacted here", []),
+    "access_programs": _dropped("there are no such programs here"),
+    "image": _dropped(_TEXT_ONLY),
+    "tools": _refused(_NO_TOOLS, []),
+    "tool_choice": _refused(_NO_TOOLS, "none", "auto"),
+    "truncation": _refused("a prompt is not cut to fit; shorten the input", "disabled"),
+    "conversation": _refused("conversations are not kept; use previous_response_id"),
+    "prompt": _refused("prompt templates are not kept; send the input itself"),
+    "moderation": _refused("this server does not moderate; leave the field out"),
+}
+
+
 def honoured(values: Mapping[str, Any], table: Mapping[str, Rule], dropped: list[str] | None = None) -> dict[str, Any]:
     """The honoured fields that are present (null means absent); raises ``InvalidRequest`` for any other with effect.
 

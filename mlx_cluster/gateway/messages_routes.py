@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from mlx_cluster.gateway.answer import Gateway, GenerationResponse
-from mlx_cluster.gateway.client import read_json_body
+from mlx_cluster.gateway.incoming import add_answer_header, name_dropped, read_parsed
 from mlx_cluster.gateway.messages import MessagesBody, Parsed, parse_count, parse_messages
 from mlx_cluster.gateway.messages_dialect import MessagesDialect
 from mlx_cluster.gateway.messages_errors import PATH
-from mlx_cluster.gateway.middleware import ANSWER_HEADERS
 from mlx_cluster.gateway.prepare import count_prompt
-
-IGNORED_HEADER = b"x-mlx-cluster-ignored"
-MAX_NAMES_IN_HEADER = 32
-# A longer body is parsed in a thread: a megabyte of messages takes longer than other clients' tokens should wait.
-PARSE_ON_LOOP_BYTES = 64 * 1024
 
 # Betas whose effect is there, or that ask for nothing that shows in an answer. By their name without the date.
 _KNOWN_BETAS = frozenset(
@@ -45,20 +39,16 @@ _KNOWN_BETAS = frozenset(
     }
 )
 _DATE = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
-_NAME = re.compile(r"[A-Za-z0-9._\[\]-]{1,64}")
 
 
 def add_messages(app: FastAPI, gateway: Gateway) -> None:
     """Add the routes of this dialect."""
 
     async def read(request: Request, parse: Callable[[bytes], Parsed]) -> Parsed:
-        settings = gateway.settings
-        # Where the SDKs of this dialect look for the request's id, also that of an error.
-        headers = [(b"request-id", request.state.request_id.encode())]
-        setattr(request.state, ANSWER_HEADERS, headers)
-        raw = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_seconds=settings.timeout)
-        parsed = parse(raw) if len(raw) <= PARSE_ON_LOOP_BYTES else await gateway.catalogue.off_loop(parse, raw)
-        headers += ignored_header([*parsed.dropped, *_unknown_betas(request)])
+        # Where the SDKs of this dialect look for the request's id.
+        add_answer_header(request, b"request-id", request.state.request_id.encode())
+        parsed = await read_parsed(request, gateway, parse)
+        name_dropped(request, [*parsed.dropped, *_unknown_betas(request)])
         return parsed
 
     @app.post(PATH, openapi_extra=_body_schema())
@@ -77,12 +67,6 @@ def add_messages(app: FastAPI, gateway: Gateway) -> None:
     async def count_tokens(request: Request) -> Response:
         parsed = await read(request, parse_count)
         return JSONResponse({"input_tokens": await count_prompt(parsed.ask, gateway.catalogue)})
-
-
-def ignored_header(names: Iterable[str]) -> list[tuple[bytes, bytes]]:
-    """The header that names what was dropped, or none. A name that does not belong into a header is left out."""
-    shown = [name for name in dict.fromkeys(names) if _NAME.fullmatch(name)][:MAX_NAMES_IN_HEADER]
-    return [(IGNORED_HEADER, ", ".join(shown).encode())] if shown else []
 
 
 def _unknown_betas(request: Request) -> list[str]:

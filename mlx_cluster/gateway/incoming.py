@@ -1,0 +1,46 @@
+"""A request on its way in, for the dialects that drop fields: read, parsed, and its answer's headers.
+
+Owns: where a body is parsed, the header ``x-mlx-cluster-ignored``.
+Does not own: limits of reading (``client``), what a body means.
+Invariant: whatever a client asked for in vain stands in that header, also when its request fails later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from mlx_cluster.gateway.answer import Gateway
+from mlx_cluster.gateway.client import read_json_body
+from mlx_cluster.gateway.middleware import ANSWER_HEADERS
+
+T = TypeVar("T")
+
+IGNORED_HEADER = b"x-mlx-cluster-ignored"
+MAX_NAMES_IN_HEADER = 32
+# A longer body is parsed in a thread: a megabyte of messages takes longer than other clients' tokens should wait.
+PARSE_ON_LOOP_BYTES = 64 * 1024
+_NAME = re.compile(r"[A-Za-z0-9._\[\]-]{1,64}")
+
+
+async def read_parsed(request: Request, gateway: Gateway, parse: Callable[[bytes], T]) -> T:
+    """The body of a JSON request as ``parse`` gives it. Raises what ``read_json_body`` and ``parse`` raise."""
+    settings = gateway.settings
+    raw = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_seconds=settings.timeout)
+    return parse(raw) if len(raw) <= PARSE_ON_LOOP_BYTES else await gateway.catalogue.off_loop(parse, raw)
+
+
+def add_answer_header(request: Request, name: bytes, value: bytes) -> None:
+    """Whatever the answer will be, an error too, it has this header."""
+    headers = getattr(request.state, ANSWER_HEADERS, ())
+    setattr(request.state, ANSWER_HEADERS, (*headers, (name, value)))
+
+
+def name_dropped(request: Request, names: Iterable[str]) -> None:
+    """Name what was dropped in the answer's header. A name that does not belong into a header is left out."""
+    shown = [name for name in dict.fromkeys(names) if _NAME.fullmatch(name)][:MAX_NAMES_IN_HEADER]
+    if shown:
+        add_answer_header(request, IGNORED_HEADER, ", ".join(shown).encode())
