@@ -44,7 +44,7 @@ class NodeServers:
         )
         self._admin = admin_app(settings.cluster.name, settings, agent.picture, routes)
         info = NodeInfo(identity.node_id, identity.name, settings.cluster.name, agent.version)
-        self._gateway = create_app(routes, settings.api_gateway, info, metrics)
+        self._gateway = create_app(routes, settings.api_gateway, info, metrics, identity.state_dir)
         bind, ports = identity.bind_host, identity.ports
         self._http = [
             GatewayServer(self._gateway, identity.gateway_host, ports.gateway),
