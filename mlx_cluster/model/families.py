@@ -68,6 +68,9 @@ FAMILIES: dict[str, Family] = {
     "gemma4": _GEMMA4,
     "gemma4_text": _GEMMA4,
     "gemma4_unified": _GEMMA4,
+    "dbrx": Family(
+        refused="mlx-lm's file evaluates its experts while it builds the graph, so nothing can be read from it"
+    ),
     "hunyuan": Family(legal_cuts=_hunyuan_cuts),
     "talkie": Family(embedding_everywhere=lambda _config: True),
 }

@@ -110,7 +110,8 @@ def trace(model: Any) -> Trace:
 def crossing(model: Any, traced: Trace, cut: int) -> tuple[int, ...]:
     """Which arrays of layer ``cut - 1``'s return value the layers from ``cut`` on (and the head) read.
 
-    Raises ``PlanError`` when they also read what an earlier layer returned: nothing but a neighbour's state crosses.
+    Raises ``PlanError`` when they also read what an earlier layer returned: nothing but a neighbour's state crosses;
+    ``UnsupportedModel`` when the graph cannot tell.
     """
     layers = list(model.layers)
     names: dict[str, mx.array] = {}
@@ -126,6 +127,10 @@ def crossing(model: Any, traced: Trace, cut: int) -> tuple[int, ...]:
     with swapped(layers, make):
         logits = model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
     read = [tuple(map(int, name[1:].split("_"))) for name in consumed([logits], names)]
+    if not read:
+        raise UnsupportedModel(
+            "this model evaluates parts of itself while its graph is built, so its graph does not tell what must cross"
+        )
     early = sorted({index for index, _ in read if index != cut - 1})
     if early:
         raise PlanError(

@@ -62,6 +62,11 @@ def load_slice(
     chosen = select_device(device)
     dense = _dequantizes(dequantize, chosen, checkpoint.layer_costs(model_dir).slice(start, end), memory_budget_bytes)
     model = _open(model_dir)
+    if len(model.layers) != families.num_layers(config):
+        raise UnsupportedModel(
+            f"mlx-lm builds {len(model.layers)} layers where config.json names {families.num_layers(config)}, so a "
+            "split by layer numbers would be wrong; choose a model of another family"
+        )
     if chosen == "cpu":
         _cast_to_float32(model)
     if dense:

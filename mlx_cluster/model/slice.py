@@ -112,14 +112,20 @@ class ModelSlice:
         return [state.spec_of(array) for array in output]
 
     def parameters_read(self) -> dict[str, mx.array]:
-        """The weights on the way to this slice's output and caches, by name, in the model's order."""
+        """The weights of this slice by name, in the model's order.
+
+        All of its layers' (some read a weight only in long contexts), and of the others those that the graph reads.
+        """
         caches = self.make_caches()
         output = self(mx.zeros((1, 2), mx.int32), self.stand_ins(1, 2), caches, head="last")
         cached = [a for _, a in tree_flatten([c.state for c in caches[: self._num_own]]) if isinstance(a, mx.array)]
         parameters = dict(tree_flatten(self.model.parameters()))
+        layers = list(self.model.layers)[self.start : self.end]
+        own = {id(array) for layer in layers for _, array in tree_flatten(layer.parameters())}
         names = {f"p{number}": name for number, name in enumerate(parameters)}
-        read = graph.consumed([*output, *cached], {label: parameters[name] for label, name in names.items()})
-        return {name: parameters[name] for label, name in names.items() if label in read}
+        labels = graph.consumed([*output, *cached], {label: parameters[name] for label, name in names.items()})
+        read = {names[label] for label in labels}
+        return {name: array for name, array in parameters.items() if name in read or id(array) in own}
 
     # -- building ------------------------------------------------------------------------------------
 
@@ -131,18 +137,21 @@ class ModelSlice:
         """
         kinds = [_kind(cache) for cache in make_prompt_cache(self.model)]
         used = {slot for slot in traced.slots[self.start : self.end] if slot is not None}
-        self._own_slots = sorted(used)
-        self._num_own = len(used)
+        # What no layer uses is the model's own memory of the tokens (n-gram embeddings), which every stage sees.
+        of_no_layer = set(range(len(kinds))) - set(traced.slots)
+        self._own_slots = sorted(used | of_no_layer)
+        self._num_own = len(self._own_slots)
         self._ghost_slots: list[int] = []
         mine_of_kind: dict[Any, int] = {}
         for mine, slot in enumerate(self._own_slots):
-            mine_of_kind.setdefault(kinds[slot], mine)
+            if slot in used:
+                mine_of_kind.setdefault(kinds[slot], mine)
         for slot, kind in enumerate(kinds):
-            if kind not in mine_of_kind:
+            if kind not in mine_of_kind and slot not in of_no_layer:
                 mine_of_kind[kind] = self._num_own + len(self._ghost_slots)
                 self._ghost_slots.append(slot)
         own = {slot: mine for mine, slot in enumerate(self._own_slots)}
-        self._slot_to_mine = [own.get(slot, mine_of_kind[kind]) for slot, kind in enumerate(kinds)]
+        self._slot_to_mine = [own[slot] if slot in own else mine_of_kind[kind] for slot, kind in enumerate(kinds)]
 
     def _swap(self, layers: Sequence[Any]) -> None:
         for index in range(self.start):
