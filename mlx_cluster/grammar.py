@@ -17,7 +17,7 @@ from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.request import Grammar
 
 # A grammar travels to every stage with its row's first header, and is compiled once for each row.
-MAX_SOURCE_BYTES = 64 * 1024
+MAX_SOURCE_BYTES = 256 * 1024
 MAX_DEPTH = 64
 MAX_CHOICES = 512
 
@@ -28,18 +28,30 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_s
 
 def to_llguidance(grammar: Grammar) -> str:
     """The grammar as llguidance takes it. Raises ``ValueError`` when the source is not even JSON where it should be."""
+    if grammar.kind == "llguidance":
+        return grammar.source
+    return json.dumps({"grammars": [part_of(grammar)]}, ensure_ascii=False)
+
+
+def part_of(grammar: Grammar) -> dict[str, Any]:
+    """One of the grammars that llguidance's form lists. Raises ``ValueError``."""
     match grammar.kind:
         case "json_schema":
-            # Only an object takes options; ``true`` means any value, and ``false`` is refused by whom it reaches.
-            source = "{}" if grammar.source.strip() == "true" else grammar.source
-            return str(LLMatcher.grammar_from_json_schema(source, overrides=JSON_STYLE))
+            schema = json.loads(grammar.source)
+            # Only an object takes options. True stands for any value; False, and what is no schema, is refused later.
+            return {"json_schema": with_style({} if schema is True else schema)}
         case "regex":
-            return str(LLMatcher.grammar_from_regex(grammar.source))
+            return dict(json.loads(LLMatcher.grammar_from_regex(grammar.source))["grammars"][0])
         case "lark":
-            return str(LLMatcher.grammar_from_lark(grammar.source))
+            return {"lark_grammar": grammar.source}
         case "choice":
-            return str(LLMatcher.grammar_from_lark(choice_rule(json.loads(grammar.source))))
-    raise ValueError(f"an unknown kind of grammar: {grammar.kind!r}")
+            return {"lark_grammar": choice_rule(json.loads(grammar.source))}
+        case "llguidance":
+            raise ValueError("a grammar that has parts is no part of another")
+
+
+def with_style(schema: Any) -> Any:
+    return {**schema, "x-guidance": JSON_STYLE} if isinstance(schema, dict) else schema
 
 
 def choice_rule(choices: list[str]) -> str:
@@ -49,8 +61,7 @@ def choice_rule(choices: list[str]) -> str:
 
 def json_rule(schema: Any) -> str:
     """A JSON schema as the right side of a Lark rule."""
-    styled = {**schema, "x-guidance": JSON_STYLE} if isinstance(schema, dict) else schema
-    return "%json " + json.dumps(styled, ensure_ascii=False)
+    return "%json " + json.dumps(with_style(schema), ensure_ascii=False)
 
 
 def check(grammar: Grammar, param: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
-GrammarKind = Literal["json_schema", "regex", "lark", "choice"]
+GrammarKind = Literal["json_schema", "regex", "lark", "choice", "llguidance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Sampling:
 class Grammar:
     """What a sequence may say. ``mlx_cluster.grammar`` checks it.
 
-    ``source`` is a JSON schema, a regular expression, a Lark grammar in llguidance's dialect, or for "choice" a JSON
-    list of strings, one of which is said whole.
+    ``source`` is a JSON schema, a regular expression, a Lark grammar in llguidance's dialect, for "choice" a JSON list
+    of strings, one of which is said whole, or for "llguidance" several grammars in its own form.
     """
 
     kind: GrammarKind

@@ -22,12 +22,12 @@ from mlx_cluster.config.schema import ApiGatewaySection
 from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
-from mlx_cluster.gateway.choice import Piece
 from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
 from mlx_cluster.gateway.errors import is_internal
 from mlx_cluster.gateway.openai import Answered, Dialect, Head
+from mlx_cluster.gateway.parts import Part
 from mlx_cluster.gateway.prepare import Prepared, prepare
-from mlx_cluster.gateway.session import ChoiceEnd, Delta, Limits, Session, Usage
+from mlx_cluster.gateway.session import ChoiceEnd, Delta, Limits, PartDelta, Session, Usage
 from mlx_cluster.gateway.sse import EventWriter
 from mlx_cluster.metrics import GatewayMetrics
 from mlx_cluster.tokenizer import Tokenizer
@@ -106,16 +106,18 @@ class GenerationResponse(Response):
 
     async def _whole(self) -> bytes:
         """The body of an answer in one piece. Every error is raised, and becomes a status."""
-        pieces: list[list[Piece]] = [[] for _ in range(self._ask.num_choices)]
+        parts: list[list[Part]] = [[] for _ in range(self._ask.num_choices)]
         ends = [ChoiceEnd(index, "length", 0) for index in range(self._ask.num_choices)]
         async with self._session() as (session, dialect):
             async for batch in session.batches():
                 for event in batch:
                     if isinstance(event, Delta):
-                        pieces[event.choice].append(event.piece)
+                        parts[event.choice].append(event.piece)
+                    elif isinstance(event, PartDelta):
+                        parts[event.choice].append(event.part)
                     elif isinstance(event, ChoiceEnd):
                         ends[event.choice] = event
-        choices = [Answered(end.choice, pieces[end.choice], end.reason, end.stop_string) for end in ends]
+        choices = [Answered(end.choice, parts[end.choice], end.reason, end.stop_string) for end in ends]
         return json.dumps(dialect.whole(choices, session.usage), ensure_ascii=False).encode()
 
     async def _stream(self, writer: EventWriter) -> bytes:
@@ -193,6 +195,8 @@ class GenerationResponse(Response):
 def _event(event: Any, dialect: Dialect) -> bytes:
     if isinstance(event, Delta):
         return dialect.delta(event)
+    if isinstance(event, PartDelta):
+        return dialect.part(event)
     if isinstance(event, ChoiceEnd):
         return dialect.choice_end(event)
     return dialect.alive()

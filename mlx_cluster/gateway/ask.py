@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from mlx_cluster.request import Sampling
+from mlx_cluster.request import Grammar, Sampling
 
 MAX_CHOICES = 16
 MAX_STOPS = 4
@@ -20,11 +20,37 @@ MAX_LOGIT_BIAS = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. ``parameters`` is the JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it."""
+        parameters = {"type": "object", "properties": {}, **self.parameters}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request. ``choice`` "required" and ``only`` (the name of one) constrain the answer to calls."""
+
+    tools: tuple[Tool, ...]
+    choice: Literal["none", "auto", "required"] = "auto"
+    only: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One client request. Exactly one of ``messages``, ``text`` and ``token_ids`` is the prompt.
 
     ``sampling.seed`` is not resolved yet where ``seed_given`` is False. ``max_tokens`` None means what is left of the
-    context, up to the session's bound. ``prompt_field`` and ``max_tokens_field`` are the client's own names for them.
+    context, up to the session's bound. ``prompt_field``, ``max_tokens_field`` and ``grammar_field`` are the client's
+    own names for them. ``template_values`` go to the chat template as they are.
     """
 
     model: str
@@ -44,3 +70,7 @@ class Ask:
     include_usage: bool = False
     continuous_usage: bool = False
     template_values: Mapping[str, Any] = field(default_factory=dict)
+    tool_use: ToolUse | None = None
+    grammar: Grammar | None = None
+    grammar_field: str = "response_format"
+    splits_reasoning: bool = False  # whether the dialect can show reasoning apart from text

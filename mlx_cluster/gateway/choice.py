@@ -33,10 +33,14 @@ class Choice:
         stop: Sequence[str] = (),
         stop_token_ids: frozenset[int] = frozenset(),
         every_token: bool = False,
+        markers: Sequence[str] = (),
     ) -> None:
-        """``every_token``: give a piece for tokens without text too (for their log probabilities)."""
+        """``every_token``: give a piece for tokens without text too (for their log probabilities).
+
+        ``markers`` are shown although they may be special tokens.
+        """
         self.emitted: list[int] = []
-        self._decoder = tokenizer.decoder()
+        self._decoder = tokenizer.decoder(markers)
         self._stops = StopMatcher(stop)
         self._stop_token_ids = stop_token_ids
         self._every_token = every_token

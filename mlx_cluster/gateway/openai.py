@@ -14,7 +14,19 @@ from typing import Any, Protocol
 
 from mlx_cluster.gateway.choice import Piece
 from mlx_cluster.gateway.errors import error_bytes
-from mlx_cluster.gateway.session import ChoiceEnd, Delta, Usage
+from mlx_cluster.gateway.parts import (
+    Call,
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Marked,
+    Part,
+    Thought,
+    calls_of,
+    reasoning_of,
+    text_of,
+)
+from mlx_cluster.gateway.session import ChoiceEnd, Delta, PartDelta, Usage
 from mlx_cluster.gateway.sse import DONE, KEEP_ALIVE
 from mlx_cluster.request import Token
 from mlx_cluster.tokenizer import Tokenizer
@@ -28,13 +40,26 @@ class Answered:
     """One finished choice of an answer that is not streamed."""
 
     index: int
-    pieces: Sequence[Piece]
+    parts: Sequence[Part]
     reason: str
     stop_string: str | None = None
 
     @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of the text, without reasoning and calls."""
+        return [part for part in self.parts if isinstance(part, Piece)]
+
+    @property
     def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
+        return text_of(self.parts)
+
+    @property
+    def reasoning(self) -> str:
+        return reasoning_of(self.parts)
+
+    @property
+    def calls(self) -> list[Call]:
+        return calls_of(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +82,7 @@ class Dialect(Protocol):
 
     def start(self, num_choices: int) -> bytes: ...
     def delta(self, event: Delta) -> bytes: ...
+    def part(self, event: PartDelta) -> bytes: ...
     def choice_end(self, event: ChoiceEnd) -> bytes: ...
     def alive(self) -> bytes: ...
     def end(self, usage: Usage) -> bytes: ...
@@ -70,6 +96,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
@@ -134,6 +161,15 @@ class ChatDialect(_Stream):
             event.completion_tokens,
         )
 
+    def part(self, event: PartDelta) -> bytes:
+        delta = _part_delta(event.part)
+        if delta is None:
+            return b""
+        return self._chunks.chunk(
+            f'{{"index": {event.choice}, "delta": {json.dumps(delta)}, "logprobs": null, "finish_reason": null}}',
+            event.completion_tokens,
+        )
+
     def choice_end(self, event: ChoiceEnd) -> bytes:
         return self._chunks.chunk(
             f'{{"index": {event.choice}, "delta": {{}}, "logprobs": null, "finish_reason": "{event.reason}"}}',
@@ -149,7 +185,7 @@ class ChatDialect(_Stream):
             "choices": [
                 {
                     "index": choice.index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "message": _message(choice),
                     "logprobs": {"content": self._entries(choice.pieces), "refusal": None}
                     if self._head.with_logprobs
                     else None,
@@ -174,6 +210,34 @@ class ChatDialect(_Stream):
         }
 
 
+def _message(choice: Answered) -> dict[str, Any]:
+    """The message of an answer; both names of the reasoning, since clients know one or the other."""
+    calls = choice.calls
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = message["reasoning"] = choice.reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    return message
+
+
+def _part_delta(part: Marked) -> dict[str, Any] | None:
+    """The delta of a chunk, as the SDK adds them up; None where there is nothing to add."""
+    match part:
+        case Thought(text):
+            return {"reasoning_content": text, "reasoning": text} if text else None
+        case CallStart(call, id_, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": call, "id": id_, "type": "function", "function": function}]}
+        case CallArguments(call, text):
+            return {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
+        case CallEnd():
+            return None
+
+
 class CompletionDialect(_Stream):
     """POST /v1/completions. Log probabilities are four parallel lists, with offsets into the choice's text."""
 
@@ -183,6 +247,9 @@ class CompletionDialect(_Stream):
 
     def start(self, num_choices: int) -> bytes:
         return b""
+
+    def part(self, event: PartDelta) -> bytes:
+        return b""  # a plain prompt's answer is not split
 
     def delta(self, event: Delta) -> bytes:
         logprobs = "null"

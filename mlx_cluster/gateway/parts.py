@@ -12,6 +12,12 @@ How a dialect meets them. A session yields ``session.Delta`` for text (``delta.p
 prints the first by ``delta``, the second by ``part``. An answer that is not streamed is ``openai.Answered``: its
 ``text``, ``reasoning`` and ``calls`` are whole, and ``parts`` has their order. A call that was cut off by the length
 limit has no ``CallEnd``.
+
+What a dialect asks for. ``Ask.tool_use`` (``ask.ToolUse`` of ``ask.Tool``) offers tools, ``choice="required"`` binds
+the answer to calls of them (``only``: of that one); ``Ask.grammar`` binds its text; ``Ask.splits_reasoning`` turns
+reasoning into ``Thought`` (left out, it stays text). In ``Ask.messages`` an earlier call is ``{"role": "assistant",
+"content": …, "tool_calls": [{"id", "type": "function", "function": {"name", "arguments": an object}}]}``, its result
+``{"role": "tool", "tool_call_id", "content"}``, and earlier reasoning ``reasoning_content``; ``prepare`` renders them.
 """
 
 from __future__ import annotations

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from mlx_cluster import grammar
 from mlx_cluster.errors import ContextLengthExceeded, InvalidRequest
-from mlx_cluster.gateway.ask import Ask
+from mlx_cluster.gateway import structured
+from mlx_cluster.gateway.ask import Ask, Tool
 from mlx_cluster.gateway.catalogue import Catalogue
-from mlx_cluster.request import Engine, SequenceRequest, ServedModel
+from mlx_cluster.gateway.splitter import PLAIN, Shape
+from mlx_cluster.request import Engine, Grammar, SequenceRequest, ServedModel
 from mlx_cluster.tokenizer import Tokenizer
+from mlx_cluster.tokenizer.tools import JSON_FORMAT, teach
 
 # Without max_tokens an answer may take what is left of the context, but an engine promises memory for all of it:
 # beyond this a client must say that it wants more.
@@ -34,6 +39,7 @@ class Prepared:
     tokenizer: Tokenizer
     engine: Engine
     sequences: tuple[SequenceRequest, ...]
+    shape: Shape = PLAIN
 
     @property
     def prompt_tokens(self) -> int:
@@ -51,7 +57,9 @@ async def prepare(
     model = catalogue.find(ask.model)
     engine = catalogue.engine_for(model)  # first: a model that is not ready needs no tokenizing
     tokenizer = await catalogue.tokenizer(model)
-    prompt = await _prompt_ids(ask, tokenizer, catalogue)
+    prompt, opened = await _prompt_ids(ask, tokenizer, catalogue)
+    shape = _shape(ask, tokenizer, opened)
+    bound = await _grammar(ask, tokenizer, shape, catalogue)
     for token_id, _ in ask.sampling.logit_bias:
         _check_id(token_id, tokenizer, "logit_bias")
     sampling = ask.sampling if ask.seed_given else replace(ask.sampling, seed=draw_seed())
@@ -62,24 +70,27 @@ async def prepare(
         max_tokens=_max_tokens(ask, model, len(prompt)),
         sampling=sampling,
         stop_token_ids=frozenset() if ask.ignore_eos else tokenizer.eos_token_ids,
+        grammar=bound,
     )
     sequences = tuple(replace(shared, choice=choice) for choice in range(ask.num_choices))
-    return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences)
+    return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences, shape=shape)
 
 
 async def count_prompt(ask: Ask, catalogue: Catalogue) -> int:
     """How many tokens the prompt has. Raises as ``prepare`` does, but needs no engine."""
     tokenizer = await catalogue.tokenizer(catalogue.find(ask.model))
-    return len(await _prompt_ids(ask, tokenizer, catalogue))
+    prompt, _ = await _prompt_ids(ask, tokenizer, catalogue)
+    return len(prompt)
 
 
-async def _prompt_ids(ask: Ask, tokenizer: Tokenizer, catalogue: Catalogue) -> tuple[int, ...]:
+async def _prompt_ids(ask: Ask, tokenizer: Tokenizer, catalogue: Catalogue) -> tuple[tuple[int, ...], bool]:
+    """The prompt's ids, and whether it ends inside the model's reasoning."""
+    opened = False
     if ask.token_ids is not None:
         _check_id(max(ask.token_ids), tokenizer, ask.prompt_field)
-        return ask.token_ids
+        return ask.token_ids, opened
     if ask.messages is not None:
-        messages = ask.messages
-        ids = await catalogue.off_loop(lambda: tokenizer.render_chat(messages, **ask.template_values))
+        ids, opened = await catalogue.off_loop(_render, ask, ask.messages, tokenizer)
     elif ask.text is not None and len(ask.text) > SHORT_TEXT_CHARACTERS:
         ids = await catalogue.off_loop(tokenizer.encode, ask.text)
     else:
@@ -89,7 +100,73 @@ async def _prompt_ids(ask: Ask, tokenizer: Tokenizer, catalogue: Catalogue) -> t
         raise InvalidRequest(
             f"{ask.prompt_field} gives no token at all: send some text", param=ask.prompt_field, code="invalid_value"
         )
-    return ids
+    return ids, opened
+
+
+def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], bool]:
+    """Render a conversation. A template that knows no tools gets them as an instruction, and calls as text."""
+    values = dict(ask.template_values)
+    tools = [tool.for_template() for tool in offered(ask)]
+    if tokenizer.tool_format is None:
+        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            messages = teach(messages, tools)
+    elif tools:
+        values["tools"] = tools
+    text = tokenizer.chat_text(messages, **values)
+    opened = tokenizer.reasoning is not None and tokenizer.reasoning.opened_by(text)
+    return tokenizer.encode(text, add_special_tokens=False), opened
+
+
+def offered(ask: Ask) -> tuple[Tool, ...]:
+    """The tools that the model is told of."""
+    use = ask.tool_use
+    return use.tools if use is not None and use.choice != "none" else ()
+
+
+def _shape(ask: Ask, tokenizer: Tokenizer, opened: bool) -> Shape:
+    """What to look for in the answer. Calls that a grammar writes are in the JSON form, whatever the family."""
+    use = ask.tool_use
+    tools = offered(ask)
+    reasoning = tokenizer.reasoning if ask.splits_reasoning else None
+    shape = Shape(reasoning=reasoning, begins_in_reasoning=opened and reasoning is not None)
+    if use is None or not tools:
+        return shape
+    constrained = use.choice == "required" or ask.grammar is not None
+    return replace(
+        shape,
+        format=JSON_FORMAT if constrained else tokenizer.tool_format or JSON_FORMAT,
+        tools=[tool.for_template() for tool in tools],
+        parallel=use.parallel,
+    )
+
+
+async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Catalogue) -> Grammar | None:
+    """The grammar of the whole answer, if it is bound to one. Raises ``InvalidRequest``."""
+    use = ask.tool_use if offered(ask) else None
+    required = use is not None and use.choice == "required"
+    if ask.grammar is None and not required:
+        return None
+    field = "tool_choice" if required else ask.grammar_field
+    if not tokenizer.has_grammars or not tokenizer.eos_token_ids:
+        raise InvalidRequest(
+            f"{field} cannot be served: this model has no tokenizer.json, or no token that ends an answer",
+            param=field,
+            code="unsupported_parameter",
+        )
+    if ask.ignore_eos:
+        raise InvalidRequest(f"ignore_eos and {field} contradict each other: leave one out", param="ignore_eos")
+
+    def compose() -> Grammar | None:
+        if use is not None:
+            structured.check_tools(use.tools, lambda index: f"tools[{index}].function.parameters")
+        main = None if required else ask.grammar
+        opened = shape.begins_in_reasoning
+        whole = structured.compose(main, use, shape.reasoning, opened=opened, is_special=tokenizer.is_special)
+        if whole is not None:
+            grammar.check(whole, field)
+        return whole
+
+    return await catalogue.off_loop(compose)
 
 
 def _check_id(token_id: int, tokenizer: Tokenizer, param: str) -> None:

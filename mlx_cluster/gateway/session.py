@@ -11,7 +11,8 @@ Room: a lost engine will be answered by opening the streams again with ``Choice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import secrets
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -19,7 +20,9 @@ from typing import Literal
 from mlx_cluster import log
 from mlx_cluster.errors import ClusterError, DeadlineExceeded, Unavailable
 from mlx_cluster.gateway.choice import Choice, Piece
+from mlx_cluster.gateway.parts import Marked, Part
 from mlx_cluster.gateway.prepare import Prepared
+from mlx_cluster.gateway.splitter import Splitter
 from mlx_cluster.metrics import GatewayMetrics
 from mlx_cluster.request import Admitted, Event, Finished, SequenceRequest, Token
 
@@ -41,9 +44,18 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class PartDelta:
+    """A part of one choice that is not text: reasoning, or of a tool call. See ``parts``."""
+
+    choice: int
+    part: Marked
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceEnd:
     choice: int
-    reason: Literal["stop", "length"]
+    reason: Literal["stop", "length", "tool_calls"]
     completion_tokens: int
     stop_string: str | None = None  # the client's stop string that was met
 
@@ -53,7 +65,7 @@ class Waiting:
     """Nothing came for ``keepalive_seconds``: a stream should show that it is alive."""
 
 
-SessionEvent = Delta | ChoiceEnd | Waiting
+SessionEvent = Delta | PartDelta | ChoiceEnd | Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +80,11 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0  # of the completion tokens
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
 
 
 class Session:
@@ -93,16 +110,21 @@ class Session:
                 stop=prepared.ask.stop,
                 stop_token_ids=sequence.stop_token_ids,
                 every_token=sequence.sampling.top_logprobs is not None,
+                markers=prepared.shape.markers,
             )
             for sequence in prepared.sequences
         ]
+        self._splitters = [
+            None if prepared.shape.plain else Splitter(prepared.shape, _call_id) for _ in prepared.sequences
+        ]
         self._completion_tokens = 0
+        self._reasoning_tokens = 0
         self._cached_tokens = 0
         self.first_token_seconds: float | None = None
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._prepared.prompt_tokens, self._completion_tokens, self._cached_tokens)
+        return Usage(self._prepared.prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
 
     async def __aenter__(self) -> Session:
         for sequence in self._prepared.sequences:
@@ -169,17 +191,37 @@ class Session:
             case Token():
                 pieces = choice.push(item)
                 self._count_token()
-                batch += [Delta(index, piece, self._completion_tokens) for piece in pieces]
-                if choice.stopped:
+                thought = self._thinking(index)
+                complete = self._show(index, pieces, batch)
+                self._reasoning_tokens += thought or self._thinking(index)
+                if complete or choice.stopped:
                     self._pumps[index].cancel()
                     self._end(index, "stop", batch)
             case Finished(reason="cancelled"):
                 raise Unavailable("the engine cancelled this sequence: send the request again")
             case Finished():
-                batch += [Delta(index, piece, self._completion_tokens) for piece in choice.finish()]
+                self._show(index, choice.finish(), batch)
                 self._end(index, "stop" if choice.stopped or item.reason == "stop" else "length", batch)
             case ClusterError():
                 raise item
+
+    def _thinking(self, index: int) -> bool:
+        splitter = self._splitters[index]
+        return splitter is not None and splitter.thinking
+
+    def _show(self, index: int, pieces: Sequence[Piece], batch: list[SessionEvent]) -> bool:
+        """Split the pieces of a token into parts; returns whether the choice is complete with them."""
+        splitter = self._splitters[index]
+        if splitter is None:
+            batch += [Delta(index, piece, self._completion_tokens) for piece in pieces]
+            return False
+        self._add(index, [part for piece in pieces for part in splitter.push(piece)], batch)
+        return splitter.done
+
+    def _add(self, index: int, parts: Sequence[Part], batch: list[SessionEvent]) -> None:
+        for part in parts:
+            event = Delta if isinstance(part, Piece) else PartDelta
+            batch.append(event(index, part, self._completion_tokens))  # type: ignore[arg-type]  # each its own kind
 
     def _count_token(self) -> None:
         self._completion_tokens += 1
@@ -187,8 +229,13 @@ class Session:
             self.first_token_seconds = asyncio.get_running_loop().time() - self._started_at
             self._metrics.ttft_seconds.labels(self._prepared.model.id).observe(self.first_token_seconds)
 
-    def _end(self, index: int, reason: Literal["stop", "length"], batch: list[SessionEvent]) -> None:
+    def _end(self, index: int, reason: Literal["stop", "length", "tool_calls"], batch: list[SessionEvent]) -> None:
         self._running.discard(index)
+        splitter = self._splitters[index]
+        if splitter is not None:
+            self._add(index, splitter.finish(), batch)
+            if splitter.num_calls and reason == "stop":
+                reason = "tool_calls"
         batch.append(ChoiceEnd(index, reason, self._completion_tokens, self._choices[index].stop_string))
 
     async def _receive(self) -> list[tuple[int, Event | ClusterError]]:

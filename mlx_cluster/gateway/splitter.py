@@ -47,6 +47,9 @@ class Shape:
         return (*reasoning, self.format.start, self.format.end) if self.format else reasoning
 
 
+PLAIN = Shape()
+
+
 class _Mode(Enum):
     TEXT = 1
     REASONING = 2

@@ -8,7 +8,7 @@ Invariant: no chunk ends inside a character; the chunks and ``flush`` together a
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
@@ -75,6 +75,21 @@ class WindowDecoder:
             self._context, self._pending = self._pending, []
             self._context_text = self._decode(self._context)
         return shown
+
+
+class NamingDecoder:
+    """Shows the names of some special tokens, which mark parts of an answer; all else is ``inner``'s."""
+
+    def __init__(self, inner: IncrementalDecoder, names: Mapping[int, str]) -> None:
+        self._inner = inner
+        self._names = names
+
+    def push(self, token_id: int) -> str:
+        name = self._names.get(token_id)
+        return self._inner.push(token_id) if name is None else self._inner.flush() + name
+
+    def flush(self) -> str:
+        return self._inner.flush()
 
 
 def byte_alphabet() -> dict[str, int]:

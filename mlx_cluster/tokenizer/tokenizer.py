@@ -10,12 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_cluster.errors import CheckpointError, InvalidRequest
-from mlx_cluster.tokenizer.decode import ByteDecoder, IncrementalDecoder, WindowDecoder, byte_alphabet
+from mlx_cluster.tokenizer.decode import (
+    ByteDecoder,
+    IncrementalDecoder,
+    NamingDecoder,
+    WindowDecoder,
+    byte_alphabet,
+)
+from mlx_cluster.tokenizer.reasoning import Markers, find_markers
+from mlx_cluster.tokenizer.tools import ToolFormat, find_format
 
 
 class Tokenizer:
@@ -29,7 +38,13 @@ class Tokenizer:
         self.has_chat_template: bool = inner.chat_template is not None
         self._added: dict[int, Any] = dict(inner.added_tokens_decoder)
         self._special = frozenset(inner.all_special_ids) | {id_ for id_, token in self._added.items() if token.special}
+        template = _template_text(inner.chat_template)
+        vocabulary = inner.get_vocab()
+        self.reasoning: Markers | None = find_markers(template, vocabulary)
+        self.tool_format: ToolFormat | None = find_format(template, vocabulary)
+        self.template_names: frozenset[str] = frozenset(re.findall(r"[A-Za-z_]\w*", template))
         self._alphabet = byte_alphabet() if _is_byte_level(self._backend) else None
+        self.has_grammars: bool = self._backend is not None
         self._bytes: dict[int, bytes] = {}
         if self._backend is not None:
             # Some files switch truncation on. Off here, once: switching later would change the tokenizer under
@@ -42,7 +57,11 @@ class Tokenizer:
         return tuple(self._inner.encode(text, add_special_tokens=add_special_tokens))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_values: Any) -> tuple[int, ...]:
-        """Token ids of a conversation, ready for the assistant's answer.
+        """Token ids of a conversation, ready for the assistant's answer. See ``chat_text``."""
+        return self.encode(self.chat_text(messages, **template_values), add_special_tokens=False)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_values: Any) -> str:
+        """The text of a conversation, ready for the assistant's answer. It is encoded without special tokens.
 
         ``template_values`` go to the template as they are. Raises ``InvalidRequest`` when the model has no chat
         template or its template refuses the messages.
@@ -56,21 +75,31 @@ class Tokenizer:
                 code="no_chat_template",
             )
         try:
-            text = self._inner.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **template_values
+            return str(
+                self._inner.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True, **template_values
+                )
             )
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             # A template is a small program: what it does not foresee surfaces as any of these.
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages", code="chat_template"
             ) from error
-        return self.encode(text, add_special_tokens=False)
 
-    def decoder(self) -> IncrementalDecoder:
-        """A decoder for one sequence. Special tokens have no text."""
+    def decoder(self, markers: Sequence[str] = ()) -> IncrementalDecoder:
+        """A decoder for one sequence. Special tokens have no text, except those that are part of a marker."""
+        inner: IncrementalDecoder
         if self._alphabet is not None:
-            return ByteDecoder(self._shown_bytes)
-        return WindowDecoder(self._decode_window, self._special)
+            inner = ByteDecoder(self._shown_bytes)
+        else:
+            inner = WindowDecoder(self._decode_window, self._special)
+        names = {id_: self.token_text(id_) for id_ in self._special} if markers else {}
+        shown = {id_: name for id_, name in names.items() if any(name in marker for marker in markers)}
+        return NamingDecoder(inner, shown) if shown else inner
+
+    def is_special(self, text: str) -> bool:
+        """Whether ``text`` is one of the special tokens, which are no text to a grammar."""
+        return any(self.token_text(id_) == text for id_ in self._special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one id by itself, special tokens by their name; empty for an id outside the vocabulary."""
@@ -145,6 +174,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     return value if isinstance(value, dict) else {}
+
+
+def _template_text(template: Any) -> str:
+    """The source of a chat template; of all of them where a model has several."""
+    if isinstance(template, Mapping):
+        return "\n".join(str(source) for source in template.values())
+    return template if isinstance(template, str) else ""
 
 
 def _is_byte_level(backend: Any) -> bool:

@@ -132,7 +132,17 @@ The results come back between <tool_response> and </tool_response>."""
 
 def teach(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The conversation for a template that knows no tools: an instruction in front, calls and results as text."""
-    told = [_as_text(message) for message in messages]
+    told: list[dict[str, Any]] = []
+    after_result = False
+    for message in messages:
+        text = _as_text(message)
+        result = message["role"] == "tool"
+        if told and told[-1]["role"] == text["role"] == "user" and (result or after_result):
+            # such templates often insist that turns alternate
+            told[-1]["content"] = f"{told[-1]['content']}\n{text['content']}"
+        else:
+            told.append(text)
+        after_result = result
     if not tools:
         return told
     listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)

@@ -184,6 +184,7 @@ async def test_usage_in_the_last_chunk_when_asked_for(world: World) -> None:
         "completion_tokens": 3,
         "total_tokens": prompt + 3,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -210,9 +210,10 @@ async def test_a_history_with_tools_and_thinking(world: World) -> None:
     assert (await post(world, messages=history)).status_code == 200
     assert prompt(world) == (
         "<|im_start|>user\none\n\ntwo<|im_end|>\n"
-        "<|im_start|>assistant\ncalling<|im_end|>\n"
-        "<|im_start|>tool\nblue<|im_end|>\n<|im_start|>tool\nError: gone<|im_end|>\n"
-        "<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
+        '<|im_start|>assistant\ncalling\n<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call>'
+        "<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nblue\n</tool_response>\n<tool_response>\nError: gone\n</tool_response>\n"
+        "and now?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

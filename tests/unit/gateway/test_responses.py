@@ -153,7 +153,11 @@ async def test_items_of_a_history(world: World) -> None:
     ]
     assert (await post(world, input=items, instructions="be brief")).status_code == 200
     assert prompt(world) == turns(
-        "system: be brief\n\nbe kind", "user: look", "assistant: calling", "tool: blue", "tool: done", "user: and?"
+        "system: be brief\n\nbe kind",
+        "user: look",
+        'assistant: calling\n<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "patch", "arguments": {"input": "x"}}\n</tool_call>',
+        "user: <tool_response>\nblue\n</tool_response>\n<tool_response>\ndone\n</tool_response>\nand?",
     )
 
 

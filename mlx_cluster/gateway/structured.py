@@ -1,0 +1,94 @@
+"""What an answer must look like: one grammar from structured output, tools that must be called, and reasoning before.
+
+Owns: how the three are put together in llguidance's words.
+Does not own: single grammars and their bounds (``mlx_cluster.grammar``), when a request wants which (``prepare``).
+Invariant: what these grammars let through, ``splitter`` and the tools' JSON form read back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlx_cluster import grammar
+from mlx_cluster.gateway.ask import Tool, ToolUse
+from mlx_cluster.request import Grammar
+from mlx_cluster.tokenizer.reasoning import Markers
+from mlx_cluster.tokenizer.tools import JSON_FORMAT
+
+# A tiny model that may call several tools at once would never stop.
+MAX_PARALLEL_CALLS = 8
+
+
+def check_tools(tools: Sequence[Tool], param: Callable[[int], str]) -> None:
+    """Raise ``InvalidRequest`` for the first tool whose schema cannot constrain its arguments."""
+    for index, tool in enumerate(tools):
+        grammar.check(Grammar("json_schema", json.dumps(arguments_schema(tool))), param(index))
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    return {"type": "object", "properties": {}, **tool.parameters}
+
+
+def compose(
+    main: Grammar | None,
+    use: ToolUse | None,
+    reasoning: Markers | None,
+    *,
+    opened: bool,
+    is_special: Callable[[str], bool],
+) -> Grammar | None:
+    """The grammar of a whole answer: reasoning if the model reasons, then ``main`` or calls of the tools.
+
+    ``opened``: the prompt ends inside the reasoning. None when nothing is constrained.
+    """
+    if main is None and use is None:
+        return None
+    if use is None and reasoning is None:
+        return main
+    rules: list[str] = []
+    bodies: list[str] = []
+    parts: list[dict[str, Any]] = []
+    if main is not None:
+        bodies.append("@main")
+        parts.append({"name": "main", **grammar.part_of(main)})
+    if use is not None:
+        bodies.append("calls")
+        rules += _call_rules(use)
+    before = ""
+    if reasoning is not None:
+        before = "before " if opened else "before? "
+        rules += _reasoning_rules(reasoning, opened, is_special)
+    lark = "\n".join([f"start: {before}({' | '.join(bodies)})", *rules])
+    return Grammar("llguidance", json.dumps({"grammars": [{"lark_grammar": lark}, *parts]}, ensure_ascii=False))
+
+
+def _call_rules(use: ToolUse) -> list[str]:
+    tools = [tool for tool in use.tools if use.only in (None, tool.name)]
+    more = f' ("\\n" call){{0,{MAX_PARALLEL_CALLS - 1}}}' if use.parallel else ""
+    begin, end = _quoted(f"{JSON_FORMAT.start}\n"), _quoted(f"\n{JSON_FORMAT.end}")
+    rules = [f"calls: call{more}", f"call: {begin} ({' | '.join(f'tool{index}' for index in range(len(tools)))}) {end}"]
+    for index, tool in enumerate(tools):
+        name = json.dumps(tool.name, ensure_ascii=False)
+        opening = _quoted(f'{{"name": {name}, "arguments": ')
+        rules += [
+            f'tool{index}: {opening} arguments{index} "}}"',
+            f"arguments{index}: {grammar.json_rule(arguments_schema(tool))}",
+        ]
+    return rules
+
+
+def _reasoning_rules(markers: Markers, opened: bool, is_special: Callable[[str], bool]) -> list[str]:
+    """Markers that are special tokens are no text to llguidance: it knows them by name."""
+    start = "" if opened else (markers.start if is_special(markers.start) else _quoted(markers.start)) + " "
+    space = r"space: /\s{0,2}/"
+    if is_special(markers.end):
+        return [f"before: {start}thought {markers.end} space", r"thought: /(.|\n)*/", space]
+    end = re.escape(markers.end).replace("/", r"\/")
+    return [f"before: {start}thought space", rf"thought[lazy]: /(.|\n)*{end}/", space]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
