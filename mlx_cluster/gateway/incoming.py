@@ -14,6 +14,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from mlx_cluster.gateway.answer import Gateway
+from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.client import read_json_body
 from mlx_cluster.gateway.middleware import ANSWER_HEADERS
 
@@ -23,7 +24,8 @@ IGNORED_HEADER = b"x-mlx-cluster-ignored"
 MAX_NAMES_IN_HEADER = 32
 # A longer body is parsed in a thread: a megabyte of messages takes longer than other clients' tokens should wait.
 PARSE_ON_LOOP_BYTES = 64 * 1024
-_NAME = re.compile(r"[A-Za-z0-9._\[\]-]{1,64}")
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._\[\]-]")
+MAX_NAME_LENGTH = 96
 
 
 async def read_parsed(request: Request, gateway: Gateway, parse: Callable[[bytes], T]) -> T:
@@ -33,6 +35,14 @@ async def read_parsed(request: Request, gateway: Gateway, parse: Callable[[bytes
     return parse(raw) if len(raw) <= PARSE_ON_LOOP_BYTES else await gateway.catalogue.off_loop(parse, raw)
 
 
+async def has_effect(ask: Ask, gateway: Gateway) -> bool:
+    """Whether the chat template of the model knows all of the ask's ``template_values``. Raises ``ModelNotFound``."""
+    if not ask.template_values:
+        return True
+    tokenizer = await gateway.catalogue.tokenizer(gateway.catalogue.find(ask.model))
+    return ask.template_values.keys() <= tokenizer.template_names
+
+
 def add_answer_header(request: Request, name: bytes, value: bytes) -> None:
     """Whatever the answer will be, an error too, it has this header."""
     headers = getattr(request.state, ANSWER_HEADERS, ())
@@ -40,7 +50,9 @@ def add_answer_header(request: Request, name: bytes, value: bytes) -> None:
 
 
 def name_dropped(request: Request, names: Iterable[str]) -> None:
-    """Name what was dropped in the answer's header. A name that does not belong into a header is left out."""
-    shown = [name for name in dict.fromkeys(names) if _NAME.fullmatch(name)][:MAX_NAMES_IN_HEADER]
+    """Name what was dropped in the answer's header, without what does not belong into one."""
+    shown = list(dict.fromkeys(_NOT_IN_A_NAME.sub("_", name[:MAX_NAME_LENGTH]) for name in names))
+    if len(shown) > MAX_NAMES_IN_HEADER:
+        shown[MAX_NAMES_IN_HEADER:] = [f"and_{len(shown) - MAX_NAMES_IN_HEADER}_more"]
     if shown:
         add_answer_header(request, IGNORED_HEADER, ", ".join(shown).encode())

@@ -7,18 +7,20 @@ Invariant: what a client's history holds reaches the template in its order, or t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
 from mlx_cluster.gateway.ask import MAX_STOP_LENGTH, Ask
+from mlx_cluster.gateway.messages_tools import MAX_TOOLS, AnyTool, ToolChoice, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
-from mlx_cluster.request import Sampling
+from mlx_cluster.request import Grammar, Sampling
 
 MAX_STOP_SEQUENCES = 16
 # Claude Code puts a line of accounting, new for each request, at the very front of its system prompt: left there, no
@@ -44,12 +46,6 @@ def _blocks(value: Any) -> Any:
                 "has a block of type {kind} at [{index}], and this server reads {known} only",
                 {"kind": repr(kind[:64]), "index": index, "known": ", ".join(_BLOCKS)},
             )
-    return value
-
-
-def _no_format(value: Any) -> Any:
-    if value is not None:
-        raise PydanticCustomError("unsupported", "is not supported yet: leave it out")
     return value
 
 
@@ -159,10 +155,24 @@ class Turn(Body):
         return message
 
 
+class JsonFormat(Body):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+    def grammar(self) -> Grammar:
+        return Grammar("json_schema", json.dumps(self.schema_))
+
+
 class OutputConfig(Body):
     effort: str | None = None  # dropped, and named
     task_budget: Any = None  # dropped, and named
-    format: Annotated[Any, AfterValidator(_no_format)] = None
+    format: JsonFormat | None = None
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: int | None = None  # dropped, and named
+    display: str | None = None  # dropped, and named
 
 
 class MessagesBody(Body):
@@ -178,6 +188,9 @@ class MessagesBody(Body):
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     output_config: OutputConfig = OutputConfig()
+    thinking: Thinking | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_choice: ToolChoice | None = None
 
     def to_ask(self) -> Ask:
         if self.messages[-1].role == "assistant":
@@ -195,7 +208,25 @@ class MessagesBody(Body):
             max_tokens_is_ceiling=True,
             stop=tuple(self.stop_sequences),
             stream=self.stream,
+            template_values=self._template_values(),
+            splits_reasoning=True,
+            tool_use=tool_use(self.tools, self.tool_choice),
+            grammar=self._grammar(),
+            grammar_field="output_config.format",
         )
+
+    def dropped(self) -> list[str]:
+        """What was asked for in vain inside of honoured fields."""
+        names = [f"output_config.{name}" for name in ("effort", "task_budget") if getattr(self.output_config, name)]
+        if self.thinking is not None:
+            names += [f"thinking.{name}" for name in ("budget_tokens", "display") if getattr(self.thinking, name)]
+        return names + dropped_tools(self.tools)
+
+    def _template_values(self) -> dict[str, Any]:
+        return {} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"}
+
+    def _grammar(self) -> Grammar | None:
+        return self.output_config.format.grammar() if self.output_config.format is not None else None
 
     def _sampling(self) -> Sampling:
         body = SamplingBody(model=self.model, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
@@ -253,5 +284,4 @@ def _body(raw: bytes) -> tuple[MessagesBody, tuple[str, ...]]:
     dropped: list[str] = []
     values = fields.honoured(json_object(raw), fields.MESSAGES, dropped)
     body = validated(MessagesBody, values)
-    dropped += [f"output_config.{name}" for name in ("effort", "task_budget") if getattr(body.output_config, name)]
-    return body, tuple(dropped)
+    return body, (*dropped, *body.dropped())

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from mlx_cluster.gateway.answer import Gateway, GenerationResponse
-from mlx_cluster.gateway.incoming import add_answer_header, name_dropped, read_parsed
+from mlx_cluster.gateway.incoming import add_answer_header, has_effect, name_dropped, read_parsed
 from mlx_cluster.gateway.messages import MessagesBody, Parsed, parse_count, parse_messages
 from mlx_cluster.gateway.messages_dialect import MessagesDialect
 from mlx_cluster.gateway.messages_errors import PATH
@@ -48,7 +48,8 @@ def add_messages(app: FastAPI, gateway: Gateway) -> None:
         # Where the SDKs of this dialect look for the request's id.
         add_answer_header(request, b"request-id", request.state.request_id.encode())
         parsed = await read_parsed(request, gateway, parse)
-        name_dropped(request, [*parsed.dropped, *_unknown_betas(request)])
+        thinking = [] if await has_effect(parsed.ask, gateway) else ["thinking"]
+        name_dropped(request, [*parsed.dropped, *thinking, *_unknown_betas(request)])
         return parsed
 
     @app.post(PATH, openapi_extra=_body_schema())

@@ -7,17 +7,20 @@ Invariant: what the items hold reaches the template in its order, or the request
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
 from mlx_cluster.gateway.ask import MAX_TOP_LOGPROBS, Ask
+from mlx_cluster.gateway.responses_tools import MAX_TOOLS, AnyChoice, AnyTool, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
+from mlx_cluster.request import Grammar
 
 MAX_METADATA = 16
 LOGPROBS = "message.output_text.logprobs"
@@ -69,10 +72,6 @@ def _items(value: Any) -> Any:
         for item in value
     ]
     return _known(typed, _ITEMS, "an item")
-
-
-def _unsupported(value: Any) -> Any:
-    raise PydanticCustomError("unsupported", "is not supported yet: leave it out")
 
 
 class Part(Body):
@@ -145,12 +144,39 @@ class StreamOptions(Body):
 
 
 class TextFormat(Body):
-    type: Annotated[str, AfterValidator(lambda value: value if value == "text" else _unsupported(value))]
+    """``strict`` and the rest say what happens anyway: an answer follows its schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+    def grammar(self) -> Grammar | None:
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Grammar("json_schema", json.dumps({"type": "object"}))
+        if self.schema_ is None:
+            raise InvalidRequest(
+                "text.format.schema is required for json_schema: add it",
+                param="text.format.schema",
+                code="missing_required_parameter",
+            )
+        return Grammar("json_schema", json.dumps(self.schema_))
 
 
 class TextOptions(Body):
     format: TextFormat | None = None
     verbosity: str | None = None  # dropped, and named
+
+
+class Reasoning(Body):
+    effort: Annotated[str, Field(max_length=64)] | None = None
+    summary: Any = None  # dropped, and named
+    generate_summary: Any = None  # dropped, and named
+    context: Any = None  # dropped, and named
+    mode: Any = None  # dropped, and named
 
 
 class ResponsesBody(Body):
@@ -168,7 +194,10 @@ class ResponsesBody(Body):
     include: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=32)] = Field(default=[])
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     text: TextOptions = TextOptions()
-    parallel_tool_calls: bool = True  # says how many tools at once
+    reasoning: Reasoning = Reasoning()
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_choice: AnyChoice = "auto"
+    parallel_tool_calls: bool = True
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
         Field(max_length=MAX_METADATA),
@@ -205,7 +234,24 @@ class ResponsesBody(Body):
             prompt_field="input",
             max_tokens_field="max_output_tokens",
             stream=self.stream,
+            template_values=self._template_values(),
+            splits_reasoning=True,
+            tool_use=tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls),
+            grammar=self.text.format.grammar() if self.text.format is not None else None,
+            grammar_field="text.format",
         )
+
+    def dropped(self) -> list[str]:
+        """What was asked for in vain inside of honoured fields."""
+        names = [] if self.text.verbosity is None else ["text.verbosity"]
+        names += [f"include[{name}]" for name in self.include if name != LOGPROBS]
+        vain = ("summary", "generate_summary", "context", "mode")
+        names += [f"reasoning.{name}" for name in vain if getattr(self.reasoning, name)]
+        return names + dropped_tools(self.tools)
+
+    def _template_values(self) -> dict[str, Any]:
+        effort = self.reasoning.effort
+        return {} if effort is None else {"reasoning_effort": effort}
 
 
 class History(Body):
@@ -265,12 +311,21 @@ def _add(item: AnyItem, answer: dict[str, Any]) -> None:
             if text:
                 answer["reasoning_content"] = answer.get("reasoning_content", "") + text
         case FunctionCallItem():
-            _add_call(answer, item.call_id, item.name, item.arguments)
+            _add_call(answer, item.call_id, item.name, _object(item.arguments))
         case CustomToolCallItem():
-            _add_call(answer, item.call_id, item.name, item.input)
+            _add_call(answer, item.call_id, item.name, {"input": item.input})
 
 
-def _add_call(answer: dict[str, Any], call_id: str, name: str, arguments: str) -> None:
+def _object(arguments: str) -> Any:
+    """Arguments as templates want them; those that are no JSON object stay the text they are."""
+    try:
+        found = json.loads(arguments or "{}")
+    except ValueError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _add_call(answer: dict[str, Any], call_id: str, name: str, arguments: Any) -> None:
     call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
     answer.setdefault("tool_calls", []).append(call)
 
@@ -294,10 +349,7 @@ def parse_responses(raw: bytes) -> Parsed:
     values = fields.honoured(json_object(raw), fields.RESPONSES, dropped)
     body = validated(ResponsesBody, values)
     body.check()
-    if body.text.verbosity is not None:
-        dropped.append("text.verbosity")
-    dropped += [f"include[{name}]" for name in body.include if name != LOGPROBS]
-    return Parsed(body, _items(values["input"]), tuple(dropped))
+    return Parsed(body, _items(values["input"]), (*dropped, *body.dropped()))
 
 
 def ask_after(body: ResponsesBody, items: list[dict[str, Any]]) -> Ask:

@@ -18,9 +18,11 @@ from mlx_cluster.errors import Overloaded
 from mlx_cluster.gateway.choice import Piece
 from mlx_cluster.gateway.errors import error_body
 from mlx_cluster.gateway.openai import LOWEST_LOGPROB, Answered, Head
-from mlx_cluster.gateway.responses import ResponsesBody
+from mlx_cluster.gateway.parts import CallArguments, CallEnd, CallStart, Part, Thought
+from mlx_cluster.gateway.responses import ResponsesBody, TextFormat
 from mlx_cluster.gateway.responses_output import Output
-from mlx_cluster.gateway.session import ChoiceEnd, Delta, Usage
+from mlx_cluster.gateway.responses_tools import HostedTool, custom_names
+from mlx_cluster.gateway.session import ChoiceEnd, Delta, PartDelta, Usage
 from mlx_cluster.tokenizer import Tokenizer
 
 
@@ -29,7 +31,9 @@ def new_id(prefix: str) -> str:
 
 
 def response_object(id_: str, created: int, model: str, body: ResponsesBody, status: str) -> dict[str, Any]:
-    """A response that has no output yet."""
+    """A response that has no output yet. Of the tools it lists those that are served."""
+    text_format = body.text.format if body.text.format is not None else TextFormat(type="text")
+    choice = body.tool_choice
     return {
         "id": id_,
         "object": "response",
@@ -45,12 +49,12 @@ def response_object(id_: str, created: int, model: str, body: ResponsesBody, sta
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": body.reasoning.effort, "summary": None},
         "store": body.store,
         "temperature": body.temperature,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
+        "text": {"format": text_format.model_dump(by_alias=True, exclude_none=True)},
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools if not isinstance(tool, HostedTool)],
         "top_logprobs": body.top_logprobs,
         "top_p": body.top_p,
         "truncation": "disabled",
@@ -65,7 +69,7 @@ class ResponsesDialect:
         self.response = response_object(head.id, head.created, head.model, body, "in_progress")
         self._head = head
         self._tokenizer = tokenizer
-        self._output = Output(new_id)
+        self._output = Output(new_id, custom_names(body.tools))
         self._sequence_number = 0
         self._reason = "length"
 
@@ -74,6 +78,9 @@ class ResponsesDialect:
 
     def delta(self, event: Delta) -> bytes:
         return self._print(self._take(event.piece))
+
+    def part(self, event: PartDelta) -> bytes:
+        return self._print(self._take(event.part))
 
     def choice_end(self, event: ChoiceEnd) -> bytes:
         self._reason = event.reason
@@ -102,16 +109,26 @@ class ResponsesDialect:
 
     def whole(self, choices: Sequence[Answered], usage: Usage) -> dict[str, Any]:
         answered = choices[0]
-        for piece in answered.pieces:
-            self._take(piece)
+        for part in answered.parts:
+            self._take(part)
         self._reason = answered.reason
         self._output.close("incomplete" if answered.reason == "length" else "completed")
         self._finish(usage)
         return self.response
 
-    def _take(self, piece: Piece) -> list[dict[str, Any]]:
-        logprobs = self._logprobs(piece) if self._head.with_logprobs else []
-        return self._output.text(piece.text, logprobs) if piece.text or logprobs else []
+    def _take(self, part: Part) -> list[dict[str, Any]]:
+        match part:
+            case Piece():
+                logprobs = self._logprobs(part) if self._head.with_logprobs else []
+                return self._output.text(part.text, logprobs) if part.text or logprobs else []
+            case Thought(text):
+                return self._output.thought(text) if text else []
+            case CallStart(_, id_, name):
+                return self._output.call_start(id_, name)
+            case CallArguments(_, text):
+                return self._output.call_arguments(text)
+            case CallEnd():
+                return self._output.close()
 
     def _finish(self, usage: Usage) -> None:
         cut = self._reason == "length"
@@ -165,6 +182,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,22 @@ from tests.unit.gateway.conftest import World, running
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
-BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 64, "messages": HI}
+CONTEXT = 4096
+TOOL: dict[str, Any] = {
+    "name": "look",
+    "description": "looks",
+    "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]},
+}
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call>'
+BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 256, "messages": HI}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(tokenizer_dir: Path, tokenizer: Tokenizer) -> AsyncIterator[World]:
+    """As everywhere, with room for the instruction that tells of tools, byte by byte."""
+    async with running(tokenizer_dir, tokenizer, max_body_bytes=64 * 1024, max_concurrent_requests=4) as made:
+        made.routes.served[0] = replace(made.routes.served[0], max_context=CONTEXT)
+        yield made
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -78,7 +94,7 @@ async def test_a_whole_answer(world: World, sdk: anthropic.AsyncAnthropic) -> No
     assert answer._request_id
     request = engine.requests[0]
     assert request.prompt == world.tokenizer.render_chat(HI)
-    assert request.max_tokens == 64
+    assert request.max_tokens == 256
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len(request.prompt), engine.num_emitted)
 
 
@@ -145,9 +161,9 @@ async def test_the_limit_ends_with_max_tokens(world: World) -> None:
 
 
 async def test_max_tokens_beyond_the_context_gives_what_is_left_and_says_so(world: World) -> None:
-    engine = world.engine(Script(tokens=world.tokenizer.encode("a") * 600))
+    engine = world.engine(Script(tokens=world.tokenizer.encode("a") * CONTEXT))
     answer = (await post(world, max_tokens=32_000)).json()
-    left = 512 - len(engine.requests[0].prompt)
+    left = CONTEXT - len(engine.requests[0].prompt)
     assert engine.requests[0].max_tokens == left
     assert answer["stop_reason"] == "model_context_window_exceeded"
     assert answer["usage"]["output_tokens"] == left
@@ -217,6 +233,79 @@ async def test_a_history_with_tools_and_thinking(world: World) -> None:
     )
 
 
+async def test_a_tool_is_called(world: World, sdk: anthropic.AsyncAnthropic) -> None:
+    world.engine(text=f"hello {CALL}")
+    answer = await sdk.messages.create(**BODY, tools=[TOOL])
+    assert [block.type for block in answer.content] == ["text", "tool_use"]
+    call: Any = answer.content[1]
+    assert (call.name, call.input, answer.stop_reason) == ("look", {"at": "sky"}, "tool_use")
+    assert '"look"' in prompt(world)
+
+
+async def test_the_sdk_accumulates_two_calls(world: World, sdk: anthropic.AsyncAnthropic) -> None:
+    world.engine(text=f"{CALL}\n{CALL}")
+    async with sdk.messages.stream(**BODY, tools=[TOOL]) as stream:
+        message = await stream.get_final_message()
+    calls: list[Any] = message.content
+    assert [(call.type, call.name, call.input) for call in calls] == [("tool_use", "look", {"at": "sky"})] * 2
+    assert len({call.id for call in calls}) == 2
+    assert message.stop_reason == "tool_use"
+
+
+async def test_the_events_of_a_call(world: World) -> None:
+    world.engine(text=CALL)
+    found = await events(world, tools=[TOOL])
+    blocks = [event for event in found if event["type"].startswith("content_block")]
+    assert (blocks[0]["type"], blocks[0]["content_block"]["input"]) == ("content_block_start", {})
+    assert blocks[-1]["type"] == "content_block_stop"
+    assert json.loads("".join(block["delta"]["partial_json"] for block in blocks[1:-1])) == {"at": "sky"}
+
+
+async def test_a_call_that_the_limit_cuts_off_is_shown_as_far_as_it_came(world: World) -> None:
+    ids = world.tokenizer.encode(CALL)[:-20]
+    world.engine(Script(tokens=ids))
+    answer = (await post(world, tools=[TOOL], max_tokens=len(ids))).json()
+    assert answer["stop_reason"] == "max_tokens"
+    assert all(block["type"] in ("text", "tool_use") for block in answer["content"])
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "look"}])
+async def test_a_call_that_is_insisted_on_is_constrained(world: World, choice: dict[str, Any]) -> None:
+    engine = world.engine(text=CALL)
+    await post(world, tools=[TOOL], tool_choice={**choice, "disable_parallel_tool_use": True})
+    assert engine.requests[0].grammar is not None
+    assert "look" in engine.requests[0].grammar.source
+
+
+async def test_no_tool_is_told_of_when_none_may_be_called(world: World) -> None:
+    engine = world.engine(text=CALL)
+    answer = (await post(world, tools=[TOOL], tool_choice={"type": "none"})).json()
+    assert engine.requests[0].prompt == world.tokenizer.render_chat(HI)
+    assert answer["content"] == [{"type": "text", "text": CALL}]
+
+
+async def test_hosted_tools_are_dropped_and_named(world: World) -> None:
+    world.engine(text="x")
+    hosted = [{"type": "web_search_20250305", "name": "web_search", "max_uses": 5}]
+    answer = await post(world, tools=[{**TOOL, "type": "custom", "cache_control": {"type": "ephemeral"}}, *hosted])
+    assert answer.headers["x-mlx-cluster-ignored"] == "tools[web_search_20250305]"
+    assert (await post(world, tools=hosted)).status_code == 200
+
+
+async def test_tools_count(world: World, sdk: anthropic.AsyncAnthropic) -> None:
+    without = await sdk.messages.count_tokens(model="tiny", messages=HI)
+    with_tools = await sdk.messages.count_tokens(model="tiny", messages=HI, tools=[TOOL])
+    assert with_tools.input_tokens > without.input_tokens
+
+
+async def test_an_answer_in_a_schema_is_constrained(world: World) -> None:
+    engine = world.engine(text='{"at": "sky"}')
+    await post(world, output_config={"format": {"type": "json_schema", "schema": TOOL["input_schema"]}})
+    assert engine.requests[0].grammar is not None
+    bad = {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}
+    assert "output_config.format" in error_of(await post(world, output_config=bad), 400, "invalid_request_error")
+
+
 async def test_turns_of_the_user_in_a_row_are_one(world: World) -> None:
     world.engine(text="x")
     await post(world, messages=[*HI, *HI])
@@ -274,6 +363,8 @@ async def test_what_is_dropped_is_named(world: World, stream: bool) -> None:
         "thinking",
         "mcp_servers",
         "output_config.effort",
+        "thinking.budget_tokens",
+        "b_ad",
         "time-travel-2099-01-01",
         "interleaved-thinking-2025-05-14",
     }
@@ -298,7 +389,11 @@ async def test_what_is_dropped_is_named(world: World, stream: bool) -> None:
         ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
         ({"temperature": 3}, "temperature"),
         ({"top_k": -1}, "top_k"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0]"),
+        ({"tools": [TOOL, TOOL]}, "two tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "else"}}, "tool_choice.name"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}], "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"output_format": {"type": "json_schema", "schema": {}}}, "output_format"),
         ({"bogus": 1}, "bogus"),
     ],

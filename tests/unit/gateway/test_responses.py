@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,24 @@ from tests.unit.gateway.conftest import World, running
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 BODY: dict[str, Any] = {"model": "tiny", "input": "hi"}
+CONTEXT = 4096
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "name": "look",
+    "description": "looks",
+    "parameters": {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]},
+    "strict": False,
+}
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call>'
 PATH = "/v1/responses"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(tokenizer_dir: Path, tokenizer: Tokenizer) -> AsyncIterator[World]:
+    """As everywhere, with room for the instruction that tells of tools, byte by byte."""
+    async with running(tokenizer_dir, tokenizer, max_body_bytes=64 * 1024, max_concurrent_requests=4) as made:
+        made.routes.served[0] = replace(made.routes.served[0], max_context=CONTEXT)
+        yield made
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -161,6 +179,72 @@ async def test_items_of_a_history(world: World) -> None:
     )
 
 
+async def test_a_tool_is_called_and_its_result_goes_back(world: World, sdk: openai.AsyncOpenAI) -> None:
+    world.engine(text=f"hello {CALL}")
+    answer: Any = await sdk.responses.create(**BODY, tools=[TOOL])
+    message, call = answer.output
+    assert (message.type, call.type, call.name, call.status) == ("message", "function_call", "look", "completed")
+    assert json.loads(call.arguments) == {"at": "sky"}
+    assert answer.tools[0].name == "look"
+    world.engine(text="x")
+    result: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "blue"}]
+    await sdk.responses.create(model="tiny", input=result, previous_response_id=answer.id)
+    assert "<tool_call>" in prompt(world)
+    assert "blue" in prompt(world)
+
+
+async def test_the_events_of_a_call(world: World, sdk: openai.AsyncOpenAI) -> None:
+    world.engine(text=f"{CALL}\n{CALL}")
+    found = [event for event in await events(world, tools=[TOOL]) if event.get("output_index") == 1]
+    kinds = [event["type"].removeprefix("response.") for event in found]
+    assert kinds[0] == "output_item.added"
+    assert kinds[-2:] == ["function_call_arguments.done", "output_item.done"]
+    assert set(kinds[1:-2]) == {"function_call_arguments.delta"}
+    assert json.loads("".join(event["delta"] for event in found[1:-2])) == {"at": "sky"}
+    async with sdk.responses.stream(**BODY, tools=[TOOL]) as stream:
+        final: Any = await stream.get_final_response()
+    assert [json.loads(call.arguments) for call in final.output] == [{"at": "sky"}] * 2
+
+
+async def test_a_custom_tool_gets_plain_text(world: World, sdk: openai.AsyncOpenAI) -> None:
+    world.engine(text='<tool_call>\n{"name": "patch", "arguments": {"input": "*** Begin\\nx"}}\n</tool_call>')
+    grammar = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
+    custom: Any = {"type": "custom", "name": "patch", "description": "patches", "format": grammar}
+    answer: Any = await sdk.responses.create(**BODY, tools=[custom])
+    assert (answer.output[0].type, answer.output[0].input) == ("custom_tool_call", "*** Begin\nx")
+    found = await events(world, tools=[custom])
+    done = next(event for event in found if event["type"] == "response.custom_tool_call_input.done")
+    assert done["input"] == "*** Begin\nx"
+    named = (await post(world, tools=[custom])).headers["x-mlx-cluster-ignored"]
+    assert named == "tools[patch].format"
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "name": "look"}, {"type": "allowed_tools", "mode": "required"}]
+)
+async def test_a_call_that_is_insisted_on_is_constrained(world: World, choice: Any) -> None:
+    engine = world.engine(text=CALL)
+    if choice == {"type": "allowed_tools", "mode": "required"}:
+        choice = {**choice, "tools": [{"type": "function", "name": "look"}]}
+    other = {**TOOL, "name": "other"}
+    assert (await post(world, tools=[other, TOOL], tool_choice=choice)).status_code == 200
+    assert engine.requests[0].grammar is not None
+    assert ("other" in engine.requests[0].grammar.source) == (choice == "required")
+
+
+@pytest.mark.parametrize(
+    "format_", [{"type": "json_object"}, {"type": "json_schema", "name": "x", "schema": TOOL["parameters"]}]
+)
+async def test_an_answer_in_a_schema_is_constrained(world: World, sdk: openai.AsyncOpenAI, format_: Any) -> None:
+    engine = world.engine(text='{"at": "sky"}')
+    answer = await sdk.responses.create(**BODY, text={"format": format_})
+    assert engine.requests[0].grammar is not None
+    assert json.loads(answer.output_text) == {"at": "sky"}
+    assert answer.text is not None
+    assert answer.text.format is not None
+    assert answer.text.format.type == format_["type"]
+
+
 async def test_a_conversation_goes_on_by_the_id_of_the_last_response(world: World, sdk: openai.AsyncOpenAI) -> None:
     world.engine(text="hello")
     first = await sdk.responses.create(**BODY, instructions="only now")
@@ -283,13 +367,15 @@ async def test_what_is_dropped_is_named(world: World) -> None:
         text={"verbosity": "low", "format": {"type": "text"}},
         prompt_cache_key="k",
         client_metadata={"a": "b"},
-        tools=[],
+        tools=[{"type": "web_search", "search_context_size": "low"}],
         tool_choice="auto",
         truncation="disabled",
     )
     assert answer.status_code == 200
     assert set(answer.headers["x-mlx-cluster-ignored"].split(", ")) == {
-        "reasoning",
+        "reasoning.effort",
+        "reasoning.summary",
+        "tools[web_search]",
         "include[reasoning.encrypted_content]",
         "text.verbosity",
     }
@@ -307,7 +393,13 @@ async def test_what_is_dropped_is_named(world: World) -> None:
         ({"input": [5]}, "input[0]"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 9999}, "max_output_tokens"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}, "text.format"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "else"}}, "tool_choice.name"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
         ({"background": True, "stream": True}, "background"),
