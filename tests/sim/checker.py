@@ -38,6 +38,7 @@ class Checker:
         self.committed: dict[Version, Document] = {}
         self.last: Document | None = None
         self.made_from: dict[str, str] = {}  # body → the committed body it was proposed on
+        self.founding_anew = False  # an operator has given up the voters that are gone
         self.lost: set[str] = set()  # voter ids whose disk is gone or went back in time
 
     # -- leaders -----------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class Checker:
             if not self._descends(document):
                 raise Broken(f"{self.last.body!r} was committed and is lost: {document.body!r} does not come from it")
             before, after = set(self.last.voters), set(document.voters)
-            if len(before ^ after) > 1:
+            if len(before ^ after) > 1 and not self.founding_anew:
                 raise Broken(f"voters went from {sorted(before)} to {sorted(after)} in one step")
         self.saw(document)
         self.committed[document.version] = document

@@ -99,23 +99,9 @@ class AgentsWithoutFence(World):
         node.agent = _Obedient()
 
 
-MUTANTS: tuple[type[Election] | type[World], ...] = (
-    SpeaksBeforeTheDisk,
-    CountsItselfBeforeItsDisk,
-    VotesForOlderDocuments,
-    VotesTwice,
-    BreaksItsPromise,
-    ForgetsItsPromiseInACrash,
-    LeaseWithoutMargin,
-    LeaseFromWhenTheAnswerCame,
-    TrustsAnOlderTerm,
-    FollowsADelayedLeader,
-    KeepsItsIdWithoutItsDisk,
-    CountsOnTheWallClock,
-    AgentsWithoutFence,
-)
+Mutant = type[Election] | type[World]
 
 
-def run_mutant(mutant: type[Election] | type[World], seed: int) -> None:
+def run_mutant(mutant: Mutant, seed: int) -> None:
     """One history of a mutant; raises ``Broken``."""
     unfold(world_of(seed, world=mutant) if issubclass(mutant, World) else world_of(seed, election=mutant))

@@ -56,6 +56,7 @@ class Weather:
     slow_seconds: float = 3.0
     slow_disk: float = 0.0
     cut: set[tuple[str, str]] = field(default_factory=set)
+    lag: dict[tuple[str, str], float] = field(default_factory=dict)  # everything on this link takes so much longer
 
 
 class World:
@@ -246,7 +247,7 @@ class World:
             return [rng.uniform(*self.fast)]
         if (source.name, target.name) in weather.cut or (weather.loss and rng.random() < weather.loss):
             return []
-        delays = [rng.uniform(*self.fast)]
+        delays = [rng.uniform(*self.fast) + weather.lag.get((source.name, target.name), 0.0)]
         if weather.slow and rng.random() < weather.slow:
             delays = [rng.uniform(0, weather.slow_seconds)]
         if weather.doubled and rng.random() < weather.doubled:

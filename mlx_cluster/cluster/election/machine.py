@@ -379,8 +379,10 @@ class Election:
         if message.term > self.term:
             if message.sender in self.leading.peers:
                 self._follow_term(message.term)
-                # That voter cannot follow a lower term. The others still wait for this leader, so it is back at once.
-                self._deadline = self.now + self.settings.heartbeat_seconds * self._chance
+                # That voter cannot follow a lower term. The others still wait for this leader, so it stands again at
+                # once, and does not let that voter pass while it does.
+                self._promised_to, self._promise_ends = self.voter, self.now + self.settings.heartbeat_seconds
+                self._deadline = self.now
         elif message.term == self.term:
             self.leading.replied(message.sender, body.accepted, body.sent_at, self.now)
             self._commit_if_accepted(self.leading)
