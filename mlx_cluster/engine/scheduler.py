@@ -5,8 +5,8 @@ Does not own: streams, deadlines, clients (``engine.engine``).
 Invariants: a row is in one group at most; a group has one decode step in flight at most; never more than
 ``credits`` microbatches in flight; every sequence that was taken ends exactly once.
 
-How a sequence lives: waiting → prefill (in chunks, back to back while nothing decodes) → loose (has a token, waits for a
-group at a border) → grouped (decodes) → ended; its row is released with the next microbatch, whatever that is.
+How a sequence lives: waiting → prefill (in chunks, back to back while nothing decodes) → loose (has a token, waits for
+a group at a border) → grouped (decodes) → ended; its row is released with the next microbatch, whatever that is.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def launched(cluster: ClusterProcesses, command: list[str]) -> Iterator[subproce
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # mlx.launch polls it: an end of file would have it spin
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -58,9 +58,9 @@ def launched(cluster: ClusterProcesses, command: list[str]) -> Iterator[subproce
         print(cluster.logs())
         raise
     finally:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
         try:
-            process.wait(30)
+            process.communicate(timeout=30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)

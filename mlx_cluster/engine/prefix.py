@@ -1,0 +1,230 @@
+"""The index of the prefix cache: which entries exist, what a new prompt can reuse, what has to go. Pure.
+
+Owns: names of entries, hits, least-recently-used eviction by bytes and age. The engine is the only authority: it tells
+all stages the same ``store``, ``load`` and ``evict``, in the order of the headers, so an entry that this index knows is
+there when a header that loads it arrives.
+Does not own: the keys and values themselves (``model.prefix`` on every stage).
+Invariant: the entries' bytes never exceed ``max_bytes``; a hit leaves at least one token of the prompt to compute.
+
+A radix tree over blocks of token ids, one root per salt (tenants never see each other's entries). Where every cache of
+the model can be cut (``can_trim``) any common prefix is a hit; otherwise only a whole entry is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``max_bytes`` on one stage; an entry of n positions costs ``fixed_bytes + n * bytes_per_position`` there."""
+
+    max_bytes: int
+    bytes_per_position: int
+    fixed_bytes: int = 0
+    ttl_seconds: float = 3600.0
+    min_tokens: int = 32
+    can_trim: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The first ``length`` positions of ``entry`` are those of the prompt."""
+
+    entry: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the stages must be told: keep a row's caches as ``entry``, then forget ``evict``."""
+
+    entry: int
+    evict: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A point in the tree. ``ends`` are the entries whose last whole block it is, with the tokens that follow it."""
+
+    parent: _Node | None = None
+    block: tuple[int, ...] = ()
+    children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
+    ends: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    id: int
+    salt: str
+    length: int
+    num_bytes: int
+    used_at: float
+    node: _Node
+
+
+class PrefixIndex:
+    """See the module. Every method takes ``now`` in seconds of one monotonic clock."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.num_bytes = 0
+        self._roots: dict[str, _Node] = {}
+        self._entries: dict[int, _Entry] = {}  # in order of last use: the first is the oldest
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def lookup(self, salt: str, tokens: Sequence[int], now: float) -> Hit | None:
+        """The longest reusable prefix of ``tokens``, or None when there is none of ``min_tokens`` or more."""
+        root = self._roots.get(salt)
+        if root is None:
+            return None
+        usable = len(tokens) - 1
+        find = self._longest_common if self.limits.can_trim else self._longest_whole
+        hit = find(root, tuple(tokens), usable)
+        if hit is None or hit.length < self.limits.min_tokens:
+            return None
+        self._touch(hit.entry, now)
+        return hit
+
+    def store(self, salt: str, tokens: Sequence[int], now: float) -> Stored | None:
+        """A name for the caches of exactly ``tokens``; None when they are there already, too short, or too large.
+
+        Entries that the new one makes superfluous (it starts with all of their tokens) go, as do the oldest ones until
+        it fits.
+        """
+        tokens = tuple(tokens)
+        num_bytes = self.limits.fixed_bytes + len(tokens) * self.limits.bytes_per_position
+        if len(tokens) < self.limits.min_tokens or num_bytes > self.limits.max_bytes:
+            return None
+        path, rest = self._walk(salt, tokens)
+        node = path[-1]
+        if self._is_covered(node, tokens, len(path) - 1, rest):
+            return None
+        superfluous = self._prefixes_of(path, tokens) if self.limits.can_trim else []
+        evicted = [self._remove(entry) for entry in superfluous]
+        evicted += self.expire(now)
+        while self.num_bytes + num_bytes > self.limits.max_bytes:
+            evicted.append(self._remove(next(iter(self._entries))))
+        entry_id = self._insert(salt, tokens, num_bytes, now)
+        return Stored(entry_id, tuple(evicted))
+
+    def expire(self, now: float) -> list[int]:
+        """Entries that nobody used for ``ttl_seconds``: gone from the index, to be evicted on the stages."""
+        oldest = now - self.limits.ttl_seconds
+        return [self._remove(i) for i in [e.id for e in self._entries.values() if e.used_at < oldest]]
+
+    def forget(self, entry: int) -> bool:
+        """A stage does not have this entry: nobody may use it any more. True when it was known."""
+        if entry not in self._entries:
+            return False
+        self._remove(entry)
+        return True
+
+    # -- reading the tree -------------------------------------------------------------------------------
+
+    def _walk(self, salt: str, tokens: tuple[int, ...]) -> tuple[list[_Node], tuple[int, ...]]:
+        """The nodes of all whole blocks that are there (root first), and what follows the last of them."""
+        path = [self._roots.setdefault(salt, _Node())]
+        at = 0
+        while (child := path[-1].children.get(tokens[at : at + BLOCK_TOKENS])) is not None:
+            path.append(child)
+            at += BLOCK_TOKENS
+        return path, tokens[at:]
+
+    def _longest_common(self, root: _Node, tokens: tuple[int, ...], usable: int) -> Hit | None:
+        node, at = root, 0
+        while (child := node.children.get(tokens[at : at + BLOCK_TOKENS])) is not None:
+            node, at = child, at + BLOCK_TOKENS
+        rest = tokens[at:]
+        best_length, best = 0, None
+        for end, tail in node.ends.items():
+            if (common := _common(tail, rest)) >= best_length:
+                best_length, best = common, end
+        for block, child in node.children.items():
+            if (common := _common(block, rest)) > best_length or best is None:
+                best_length, best = common, next(_ends_below(child))
+        if best is None:
+            return None
+        return Hit(best, min(at + best_length, usable))
+
+    def _longest_whole(self, root: _Node, tokens: tuple[int, ...], usable: int) -> Hit | None:
+        node: _Node | None = root
+        at, best = 0, None
+        while node is not None:
+            for end, tail in node.ends.items():
+                length = at + len(tail)
+                if length <= usable and tokens[at:length] == tail and (best is None or length > best.length):
+                    best = Hit(end, length)
+            node = node.children.get(tokens[at : at + BLOCK_TOKENS])
+            at += BLOCK_TOKENS
+        return best
+
+    def _is_covered(self, node: _Node, tokens: tuple[int, ...], depth: int, rest: tuple[int, ...]) -> bool:
+        """Whether some entry holds all of these tokens already (the very same ones, where entries cannot be cut)."""
+        if not self.limits.can_trim:
+            return rest in node.ends.values()
+        if any(_common(tail, rest) == len(rest) for tail in node.ends.values()):
+            return True
+        return any(_common(block, rest) == len(rest) for block in node.children)
+
+    def _prefixes_of(self, path: Sequence[_Node], tokens: tuple[int, ...]) -> list[int]:
+        """Entries that are whole prefixes of these tokens."""
+        return [
+            end
+            for depth, node in enumerate(path)
+            for end, tail in node.ends.items()
+            if tokens[depth * BLOCK_TOKENS : depth * BLOCK_TOKENS + len(tail)] == tail
+        ]
+
+    # -- changing it --------------------------------------------------------------------------------------
+
+    def _insert(self, salt: str, tokens: tuple[int, ...], num_bytes: int, now: float) -> int:
+        node, at = self._roots.setdefault(salt, _Node()), 0
+        while at + BLOCK_TOKENS <= len(tokens):
+            block = tokens[at : at + BLOCK_TOKENS]
+            node = node.children.setdefault(block, _Node(node, block))
+            at += BLOCK_TOKENS
+        entry = _Entry(self._next_id, salt, len(tokens), num_bytes, now, node)
+        self._next_id += 1
+        node.ends[entry.id] = tokens[at:]
+        self._entries[entry.id] = entry
+        self.num_bytes += num_bytes
+        return entry.id
+
+    def _remove(self, entry_id: int) -> int:
+        entry = self._entries.pop(entry_id)
+        self.num_bytes -= entry.num_bytes
+        node = entry.node
+        del node.ends[entry_id]
+        while node.parent is not None and not node.ends and not node.children:
+            del node.parent.children[node.block]
+            node = node.parent
+        if node.parent is None and not node.ends and not node.children:
+            self._roots.pop(entry.salt, None)
+        return entry_id
+
+    def _touch(self, entry_id: int, now: float) -> None:
+        entry = self._entries.pop(entry_id)
+        entry.used_at = now
+        self._entries[entry_id] = entry
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading items are equal."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))
+
+
+def _ends_below(node: _Node) -> Iterator[int]:
+    """Entries at or below a node; every node has one."""
+    yield from node.ends
+    for child in node.children.values():
+        yield from _ends_below(child)
