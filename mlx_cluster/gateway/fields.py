@@ -37,7 +37,6 @@ def _dropped(why: str, *neutral: Any) -> Rule:
 
 _TEXT_ONLY = "this server produces and reads text only"
 _HOSTED = "this server runs no tools of its own"
-_NO_TOOLS = "tools are not supported yet; leave the field out"
 
 _SAMPLING: Mapping[str, Rule] = dict.fromkeys(
     (
@@ -58,6 +57,11 @@ _SAMPLING: Mapping[str, Rule] = dict.fromkeys(
         "logprobs",
         "ignore_eos",
         "logit_bias",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "structured_outputs",
     ),
     HONOURED,
 )
@@ -83,15 +87,12 @@ CHAT: Mapping[str, Rule] = {
     "messages": HONOURED,
     "max_completion_tokens": HONOURED,
     "top_logprobs": HONOURED,
-    "parallel_tool_calls": ADVISORY,  # says how many tools at once, and there are none
-    "tools": _refused(_NO_TOOLS, []),
-    "tool_choice": _refused(_NO_TOOLS, "none", "auto"),
-    "functions": _refused(_NO_TOOLS, []),
-    "function_call": _refused(_NO_TOOLS, "none", "auto"),
-    "response_format": _refused("structured output is not supported yet; use {'type': 'text'}", {"type": "text"}),
+    **dict.fromkeys(("tools", "tool_choice", "parallel_tool_calls", "response_format"), HONOURED),
+    **dict.fromkeys(("reasoning_effort", "chat_template_kwargs"), HONOURED),
+    "functions": _refused("this name is retired; use tools", []),
+    "function_call": _refused("this name is retired; use tool_choice", "none", "auto"),
     "modalities": _refused(_TEXT_ONLY, ["text"], []),
     "audio": _refused(_TEXT_ONLY),
-    "reasoning_effort": _refused("the effort of reasoning cannot be set yet; leave the field out"),
     "verbosity": _refused("verbosity cannot be set; say in the prompt how long the answer should be", "medium"),
     "web_search_options": _refused("this server does not search the web; leave the field out"),
     "moderation": _refused("this server does not moderate; leave the field out"),

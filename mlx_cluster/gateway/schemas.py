@@ -11,12 +11,15 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
 from mlx_cluster.gateway.ask import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS, Ask
+from mlx_cluster.gateway.body import Body as Body  # the other dialects look for it here
+from mlx_cluster.gateway.chat_tools import MAX_CALLS, MAX_TOOLS, FunctionTool, ToolCall, ToolChoice, tool_use
+from mlx_cluster.gateway.formats import Effort, ResponseFormat, Structured, grammar_of, template_values
 from mlx_cluster.request import Sampling
 
 SEED_MASK = (1 << 63) - 1
@@ -48,10 +51,6 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Empty = Annotated[Any, AfterValidator(_only_empty)]
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -66,7 +65,7 @@ class TextPart(Body):
 class Message(Body):
     """One message of a conversation. What answers carry along empty (``refusal``, ``tool_calls``) may come back."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart] | None, BeforeValidator(_parts)] = None
     name: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None
@@ -74,7 +73,8 @@ class Message(Body):
     refusal: Empty = None
     audio: Empty = None
     function_call: Empty = None
-    tool_calls: Empty = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     annotations: Empty = None
 
     def for_template(self) -> dict[str, Any]:
@@ -88,10 +88,24 @@ class Message(Body):
         reasoning = self.reasoning_content if self.reasoning_content is not None else self.reasoning
         if reasoning is not None:
             values["reasoning_content"] = reasoning
+        if self.tool_calls:
+            values["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            values["tool_call_id"] = self.tool_call_id
         return values
 
+    def check(self, path: str) -> None:
+        """Raise ``InvalidRequest`` for what only another role may carry."""
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise InvalidRequest(
+                    f"{path}.{name} belongs into a message of the role {role!r}, not {self.role!r}",
+                    param=f"{path}.{name}",
+                    code="invalid_value",
+                )
 
-class SamplingBody(Body):
+
+class SamplingBody(Structured):
     """What both routes have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -102,7 +116,7 @@ class SamplingBody(Body):
     top_k: Annotated[int, Field(ge=-1, le=1 << 20)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    stop: Annotated[list[StopString], BeforeValidator(_strings), Field(max_length=MAX_STOPS)] = []
+    stop: Annotated[list[StopString], BeforeValidator(_strings), Field(max_length=MAX_STOPS)] = Field(default=[])
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -112,7 +126,7 @@ class SamplingBody(Body):
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
         Field(max_length=MAX_LOGIT_BIAS),
-    ] = {}
+    ] = Field(default={})
 
     def sampling(self, top_logprobs: int | None) -> Sampling:
         top_p, top_k = self.top_p, max(self.top_k, 0)
@@ -159,6 +173,12 @@ class ChatBody(SamplingBody):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default={})
 
     def to_ask(self) -> Ask:
         if self.top_logprobs is not None and not self.logprobs:
@@ -166,6 +186,9 @@ class ChatBody(SamplingBody):
                 f"top_logprobs is {self.top_logprobs}, but logprobs is not true: set logprobs: true as well",
                 param="top_logprobs",
             )
+        for index, message in enumerate(self.messages):
+            message.check(f"messages[{index}]")
+        grammar, grammar_field = grammar_of(self, self.response_format)
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise InvalidRequest(
@@ -179,6 +202,11 @@ class ChatBody(SamplingBody):
             max_tokens=new if new is not None else old,
             prompt_field="messages",
             max_tokens_field="max_completion_tokens" if new is not None else "max_tokens",
+            template_values=template_values(self.reasoning_effort, self.chat_template_kwargs),
+            tool_use=tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls),
+            grammar=grammar,
+            grammar_field=grammar_field,
+            splits_reasoning=True,
         )
 
 
@@ -188,6 +216,7 @@ class CompletionBody(SamplingBody):
 
     def to_ask(self) -> Ask:
         text, token_ids = _single_prompt(self.prompt)
+        grammar, grammar_field = grammar_of(self)
         return Ask(
             **self.common(),
             sampling=self.sampling(self.logprobs),
@@ -195,6 +224,8 @@ class CompletionBody(SamplingBody):
             token_ids=token_ids,
             max_tokens=self.max_tokens if self.max_tokens is not None else COMPLETION_DEFAULT_MAX_TOKENS,
             prompt_field="prompt",
+            grammar=grammar,
+            grammar_field=grammar_field,
         )
 
 
@@ -289,9 +320,13 @@ def _complaint(detail: ErrorDetails) -> InvalidRequest:
     return InvalidRequest(f"{path} is {_shown(detail['input'])}: it {reason}", param=path, code=code)
 
 
+# What pydantic puts into a path that is no field of a client's: keys, and the tags of ``chat_tools.ToolChoice``.
+NO_STEPS = ("[key]", "word", "named", "allowed")
+
+
 def _path(loc: tuple[int | str, ...]) -> str:
     """``("messages", 0, "content")`` → ``messages[0].content``."""
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc if step != "[key]")
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc if step not in NO_STEPS)
     return path.removeprefix(".")[:128]
 
 

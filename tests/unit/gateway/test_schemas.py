@@ -13,6 +13,13 @@ from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
 
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
 
@@ -42,17 +49,13 @@ def test_honoured_fields_are_exactly_those_with_a_type(body: Any, table: Any) ->
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"function_call": {"name": "f"}}, "function_call"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"verbosity": "low"}, "verbosity"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "1"}}]}, "messages[0].audio"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], param: str) -> None:
@@ -109,7 +112,25 @@ def test_an_unknown_field_is_refused_by_name(change: dict[str, Any]) -> None:
         ({"messages": "hi"}, 'messages is "hi": it should be a list'),
         ({"messages": ["hi"]}, 'messages[0] is "hi": it should be an object'),
         ({"messages": [{"content": "hi"}]}, "messages[0].role is required"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 'messages[0].role is "tool": it should be'),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 'messages[0].role is "robot": it should be'),
+        ({"messages": [{"role": "user", "tool_call_id": "x"}]}, "belongs into a message of the role 'tool'"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "names 'g'"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "x"}}, "tool_choice.type is"),
+        ({"tools": [FUNCTION, FUNCTION]}, "the same name"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type is"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name is"),
+        ({"response_format": {"type": "xml"}}, "response_format.type is"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is required"),
+        ({"response_format": json_schema({"uniqueItems": True})}, "uniqueItems"),
+        ({"guided_regex": "a(b"}, "guided_regex cannot be served"),
+        ({"guided_choice": []}, "guided_choice is []"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "both bind the answer"),
+        ({"guided_json": "{"}, "guided_json cannot be served"),
+        ({"structured_outputs": {}}, "structured_outputs is empty"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort is"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize is not allowed"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "should be a bool"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content is 5: it should be a string or a list"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
