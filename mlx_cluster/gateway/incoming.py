@@ -36,11 +36,11 @@ async def read_parsed(request: Request, gateway: Gateway, parse: Callable[[bytes
 
 
 async def has_effect(ask: Ask, gateway: Gateway) -> bool:
-    """Whether the chat template of the model knows all of the ask's ``template_values``. Raises ``ModelNotFound``."""
+    """Whether the chat template of the model knows any of the ask's ``template_values``. Raises ``ModelNotFound``."""
     if not ask.template_values:
         return True
     tokenizer = await gateway.catalogue.tokenizer(gateway.catalogue.find(ask.model))
-    return ask.template_values.keys() <= tokenizer.template_names
+    return bool(ask.template_values.keys() & tokenizer.template_names)
 
 
 def add_answer_header(request: Request, name: bytes, value: bytes) -> None:

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
 from mlx_cluster.gateway.ask import MAX_STOP_LENGTH, Ask
+from mlx_cluster.gateway.formats import Effort, effort_values
 from mlx_cluster.gateway.messages_tools import MAX_TOOLS, AnyTool, ToolChoice, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
 from mlx_cluster.request import Grammar, Sampling
@@ -164,7 +165,7 @@ class JsonFormat(Body):
 
 
 class OutputConfig(Body):
-    effort: str | None = None  # dropped, and named
+    effort: Effort | None = None
     task_budget: Any = None  # dropped, and named
     format: JsonFormat | None = None
 
@@ -192,13 +193,20 @@ class MessagesBody(Body):
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] = Field(default=[])
     tool_choice: ToolChoice | None = None
 
-    def to_ask(self) -> Ask:
+    def check(self) -> None:
+        """What only matters when there is to be an answer."""
+        if self.max_tokens is None:
+            raise InvalidRequest(
+                "max_tokens is required: add it", param="max_tokens", code="missing_required_parameter"
+            )
         if self.messages[-1].role == "assistant":
             raise InvalidRequest(
                 "messages ends with a turn of the assistant, which this server does not continue: end with the user's",
                 param="messages",
                 code="unsupported_value",
             )
+
+    def to_ask(self) -> Ask:
         return Ask(
             model=self.model,
             sampling=self._sampling(),
@@ -217,13 +225,21 @@ class MessagesBody(Body):
 
     def dropped(self) -> list[str]:
         """What was asked for in vain inside of honoured fields."""
-        names = [f"output_config.{name}" for name in ("effort", "task_budget") if getattr(self.output_config, name)]
+        names = ["output_config.task_budget"] if self.output_config.task_budget else []
         if self.thinking is not None:
             names += [f"thinking.{name}" for name in ("budget_tokens", "display") if getattr(self.thinking, name)]
         return names + dropped_tools(self.tools)
 
+    def hints(self) -> tuple[str, ...]:
+        asked = {"output_config.effort": self.output_config.effort, "thinking": self.thinking}
+        return tuple(name for name, value in asked.items() if value is not None)
+
     def _template_values(self) -> dict[str, Any]:
-        return {} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"}
+        values = effort_values(self.output_config.effort)
+        if self.thinking is not None:
+            thinks = self.thinking.type != "disabled"
+            values |= {"enable_thinking": thinks, "thinking": thinks}
+        return values
 
     def _grammar(self) -> Grammar | None:
         return self.output_config.format.grammar() if self.output_config.format is not None else None
@@ -264,20 +280,20 @@ class Parsed:
 
     ask: Ask
     dropped: tuple[str, ...]
+    hints: tuple[str, ...]  # fields that ask something of the chat template, which may not know it
 
 
 def parse_messages(raw: bytes) -> Parsed:
     """The body of POST /v1/messages. Raises ``InvalidRequest``."""
     body, dropped = _body(raw)
-    if body.max_tokens is None:
-        raise InvalidRequest("max_tokens is required: add it", param="max_tokens", code="missing_required_parameter")
-    return Parsed(body.to_ask(), dropped)
+    body.check()
+    return Parsed(body.to_ask(), dropped, body.hints())
 
 
 def parse_count(raw: bytes) -> Parsed:
-    """The body of POST /v1/messages/count_tokens, which is the same without ``max_tokens``."""
+    """The body of POST /v1/messages/count_tokens: no ``max_tokens``, and any turn may be the last."""
     body, dropped = _body(raw)
-    return Parsed(body.to_ask(), dropped)
+    return Parsed(body.to_ask(), dropped, body.hints())
 
 
 def _body(raw: bytes) -> tuple[MessagesBody, tuple[str, ...]]:

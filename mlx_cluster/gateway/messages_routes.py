@@ -48,8 +48,8 @@ def add_messages(app: FastAPI, gateway: Gateway) -> None:
         # Where the SDKs of this dialect look for the request's id.
         add_answer_header(request, b"request-id", request.state.request_id.encode())
         parsed = await read_parsed(request, gateway, parse)
-        thinking = [] if await has_effect(parsed.ask, gateway) else ["thinking"]
-        name_dropped(request, [*parsed.dropped, *thinking, *_unknown_betas(request)])
+        vain = [] if await has_effect(parsed.ask, gateway) else list(parsed.hints)
+        name_dropped(request, [*parsed.dropped, *vain, *_unknown_betas(request)])
         return parsed
 
     @app.post(PATH, openapi_extra=_body_schema())

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
 from mlx_cluster.gateway.ask import MAX_TOP_LOGPROBS, Ask
+from mlx_cluster.gateway.formats import Effort, effort_values
 from mlx_cluster.gateway.responses_tools import MAX_TOOLS, AnyChoice, AnyTool, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
 from mlx_cluster.request import Grammar
@@ -172,7 +173,7 @@ class TextOptions(Body):
 
 
 class Reasoning(Body):
-    effort: Annotated[str, Field(max_length=64)] | None = None
+    effort: Effort | None = None
     summary: Any = None  # dropped, and named
     generate_summary: Any = None  # dropped, and named
     context: Any = None  # dropped, and named
@@ -250,8 +251,7 @@ class ResponsesBody(Body):
         return names + dropped_tools(self.tools)
 
     def _template_values(self) -> dict[str, Any]:
-        effort = self.reasoning.effort
-        return {} if effort is None else {"reasoning_effort": effort}
+        return effort_values(self.reasoning.effort)
 
 
 class History(Body):

@@ -402,7 +402,8 @@ async def test_what_is_dropped_is_named(world: World, stream: bool) -> None:
 async def test_bad_bodies_are_invalid_requests_that_name_the_field(
     world: World, changes: dict[str, Any], named: str, path: str
 ) -> None:
-    if changes == {"max_tokens": None} and path.endswith("count_tokens"):
+    if named in ("max_tokens is required", "does not continue") and path.endswith("count_tokens"):
+        assert (await post(world, path, **changes)).status_code == 200
         return
     assert named in error_of(await post(world, path, **changes), 400, "invalid_request_error")
 
