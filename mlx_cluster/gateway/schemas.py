@@ -284,7 +284,7 @@ def validated(kind: type[BodyT], values: Mapping[str, Any]) -> BodyT:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _complaint(error.errors(include_url=False)[0]) from None
+        raise _complaint(error.errors(include_url=False)[0], values) from None
 
 
 # pydantic's words where they would puzzle somebody who only knows the HTTP API. {…} are pydantic's own context.
@@ -308,8 +308,8 @@ _WORDING = {
 }
 
 
-def _complaint(detail: ErrorDetails) -> InvalidRequest:
-    path = _path(detail["loc"])
+def _complaint(detail: ErrorDetails, values: Mapping[str, Any]) -> InvalidRequest:
+    path = _path(detail["loc"], values, missing=detail["type"] == "missing")
     if detail["type"] == "missing":
         return InvalidRequest(f"{path} is required: add it", param=path, code="missing_required_parameter")
     if detail["type"] == "extra_forbidden":
@@ -320,13 +320,21 @@ def _complaint(detail: ErrorDetails) -> InvalidRequest:
     return InvalidRequest(f"{path} is {_shown(detail['input'])}: it {reason}", param=path, code=code)
 
 
-# What pydantic puts into a path that is no field of a client's: keys, and the tags of ``chat_tools.ToolChoice``.
-NO_STEPS = ("[key]", "word", "named", "allowed")
+def _path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> str:
+    """``("messages", 0, "content")`` → ``messages[0].content``.
 
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    """``("messages", 0, "content")`` → ``messages[0].content``."""
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc if step not in NO_STEPS)
+    pydantic's paths also name what is not the client's: the tags of unions, ``[key]``, places in lists that we made. A
+    step counts when it leads on in what the client sent, or is the field that is missing there.
+    """
+    path, node = "", values
+    for last, step in ((index == len(loc) - 1, step) for index, step in enumerate(loc)):
+        if isinstance(node, Mapping) and (step in node or (missing and last)):
+            node = node.get(step) if isinstance(step, str) else None
+        elif isinstance(node, list) and isinstance(step, int) and step < len(node):
+            node = node[step]
+        else:
+            continue
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
     return path.removeprefix(".")[:128]
 
 

@@ -101,7 +101,7 @@ def test_an_unknown_field_is_refused_by_name(change: dict[str, Any]) -> None:
         ({"presence_penalty": 3}, "presence_penalty is 3: it must be at most 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be greater than 0"),
         ({"stop": ["a"] * 5}, "it may have at most 4 entries"),
-        ({"stop": ""}, 'stop[0] is "": it must not be empty'),
+        ({"stop": ""}, 'stop is "": it must not be empty'),
         ({"stop": 7}, "stop is 7: it should be a list"),
         ({"stream": "yes"}, 'stream is "yes": it should be true or false'),
         ({"logit_bias": {"hello": 1}}, "it should be a token id"),
