@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate
 from typing import Protocol
 
 from typing_extensions import Buffer
@@ -17,8 +18,8 @@ from mlx_cluster.request import Grammar, Sampling
 
 
 class Kind(IntEnum):
-    CONTROL = 0  # only releases rows: no forward pass, no hidden state, still reported
-    PREFILL = 1  # one chunk of one row, on the row's own cache
+    CONTROL = 0  # only rows and entries change: no forward pass, no hidden state, still reported
+    PREFILL = 1  # one chunk of one row, on the row's own cache; or the first chunks of several fresh rows
     DECODE = 2  # one token for each row of one group
 
 
@@ -43,10 +44,32 @@ class RowSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Microbatch:
-    """A header. The stage first drops ``release``, then learns ``admit``, then runs the forward pass.
+class Store:
+    """Keep a copy of the row's caches, as they are before this microbatch's forward pass, as ``entry``."""
 
-    PREFILL: ``rows`` has one row, ``tokens`` its chunk; the row's own cache grows by ``len(tokens)``.
+    row: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The row, admitted in the same header, begins with a copy of the entry's first ``length`` positions."""
+
+    row: int
+    entry: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """A header. Before the forward pass the stage does, in this order: store, release, evict, admit, load.
+
+    So a store listed with the microbatch behind a prompt's last chunk keeps exactly the prompt, and one beside the
+    release of its row what that row had. ``evict`` names entries to forget; an entry id is never reused in an epoch.
+
+    PREFILL: with one row ``tokens`` is its chunk, and the row's own cache grows by ``len(tokens)``. With several, which
+    must be fresh (no cache yet), ``tokens`` holds their tokens one after the other, unpadded, and ``lengths`` how many
+    each has; the hidden state is as wide as the longest, with anything behind a shorter row's end.
     DECODE: ``rows`` lists *all* rows of ``group`` in batch order, ``tokens`` the last token of each. A row that was
     elsewhere (its prefill cache, another group) joins; a row that is no longer listed leaves and is kept aside until
     it is listed again or released.
@@ -61,13 +84,27 @@ class Microbatch:
     sample: bool = False
     admit: tuple[RowSpec, ...] = ()
     release: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    store: tuple[Store, ...] = ()
+    load: tuple[Load, ...] = ()
+    evict: tuple[int, ...] = ()
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """How many of ``tokens`` each row has."""
+        if self.lengths or not self.rows:
+            return self.lengths
+        return (len(self.tokens) // len(self.rows),) * len(self.rows)
 
     @property
     def batch_shape(self) -> tuple[int, int]:
-        """(rows, positions) of the token array."""
-        if not self.rows:
-            return (0, 0)
-        return (len(self.rows), len(self.tokens) // len(self.rows))
+        """(rows, positions) of the token array, padded to the longest row."""
+        return (len(self.rows), max(self.row_lengths, default=0))
+
+    def row_tokens(self) -> list[tuple[int, ...]]:
+        """The tokens of each row."""
+        ends = list(accumulate(self.row_lengths))
+        return [self.tokens[end - length : end] for end, length in zip(ends, self.row_lengths, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +128,9 @@ class Report:
     """One per microbatch and stage. ``sampled`` comes from the last stage only.
 
     ``compute_seconds`` is done − max(dispatched, previous done); ``wait_seconds`` is how long header or hidden state
-    kept the stage waiting before it; ``sent_bytes`` what it handed to its link.
+    kept the stage waiting before it; ``sent_bytes`` what it handed to its link. ``missing`` names rows whose ``Load``
+    this stage could not do (no such entry, or none that can be cut to the length). Such a row is not failed: the stage
+    passes on zeros for it, and draws nothing, until it is released; the engine runs its prompt again in another row.
     """
 
     microbatch_id: int
@@ -101,6 +140,7 @@ class Report:
     sent_bytes: int = 0
     sampled: tuple[Sampled, ...] = ()
     failed: tuple[FailedRow, ...] = ()
+    missing: tuple[int, ...] = ()
 
 
 # -- hidden states and what executes them ---------------------------------------------------------
@@ -133,6 +173,7 @@ class Outcome:
     frame: Frame | None = None
     sampled: tuple[Sampled, ...] = ()
     failed: tuple[FailedRow, ...] = ()
+    missing: tuple[int, ...] = ()
 
 
 class Pending(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mlx_cluster import errors
 from mlx_cluster._pb import engine_pb2, stage_pb2
-from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report, RowSpec, Sampled
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store
 from mlx_cluster.request import Admitted, Event, Finished, Grammar, Sampling, SequenceRequest, Token
 
 # gRPC's default limit of 4 MiB is below one 512-token chunk of a 7B model (3.67 MB), so every channel and server
@@ -91,6 +91,10 @@ def encode_microbatch(value: Microbatch) -> stage_pb2.Microbatch:
             for spec in value.admit
         ],
         release=value.release,
+        lengths=value.lengths,
+        store=[stage_pb2.Store(row=s.row, entry=s.entry) for s in value.store],
+        load=[stage_pb2.Load(row=item.row, entry=item.entry, length=item.length) for item in value.load],
+        evict=value.evict,
     )
 
 
@@ -116,6 +120,10 @@ def decode_microbatch(message: stage_pb2.Microbatch) -> Microbatch:
             for spec in message.admit
         ),
         release=tuple(message.release),
+        lengths=tuple(message.lengths),
+        store=tuple(Store(s.row, s.entry) for s in message.store),
+        load=tuple(Load(item.row, item.entry, item.length) for item in message.load),
+        evict=tuple(message.evict),
     )
 
 
@@ -139,6 +147,7 @@ def encode_report(value: Report) -> stage_pb2.Report:
             for s in value.sampled
         ],
         failed=[stage_pb2.FailedRow(row=f.row, message=f.message) for f in value.failed],
+        missing=value.missing,
     )
 
 
@@ -159,6 +168,7 @@ def decode_report(message: stage_pb2.Report) -> Report:
             for s in message.sampled
         ),
         failed=tuple(FailedRow(f.row, f.message) for f in message.failed),
+        missing=tuple(message.missing),
     )
 
 

@@ -37,7 +37,7 @@ class StageFailure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Microbatch(_message.Message):
-    __slots__ = ("id", "kind", "group", "sample", "rows", "tokens", "admit", "release")
+    __slots__ = ("id", "kind", "group", "sample", "rows", "tokens", "admit", "release", "lengths", "store", "load", "evict")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,10 @@ class Microbatch(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ADMIT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    EVICT_FIELD_NUMBER: _ClassVar[int]
     id: int
     kind: int
     group: int
@@ -54,7 +58,29 @@ class Microbatch(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[int]
     admit: _containers.RepeatedCompositeFieldContainer[RowSpec]
     release: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., kind: _Optional[int] = ..., group: _Optional[int] = ..., sample: _Optional[bool] = ..., rows: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., admit: _Optional[_Iterable[_Union[RowSpec, _Mapping]]] = ..., release: _Optional[_Iterable[int]] = ...) -> None: ...
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    store: _containers.RepeatedCompositeFieldContainer[Store]
+    load: _containers.RepeatedCompositeFieldContainer[Load]
+    evict: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., kind: _Optional[int] = ..., group: _Optional[int] = ..., sample: _Optional[bool] = ..., rows: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., admit: _Optional[_Iterable[_Union[RowSpec, _Mapping]]] = ..., release: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., store: _Optional[_Iterable[_Union[Store, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[Load, _Mapping]]] = ..., evict: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Store(_message.Message):
+    __slots__ = ("row", "entry")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    entry: int
+    def __init__(self, row: _Optional[int] = ..., entry: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("row", "entry", "length")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    entry: int
+    length: int
+    def __init__(self, row: _Optional[int] = ..., entry: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class RowSpec(_message.Message):
     __slots__ = ("row", "sampling", "choice", "first_index", "prompt_length", "history", "grammar", "stop_token_ids")
@@ -145,7 +171,7 @@ class FailedRow(_message.Message):
     def __init__(self, row: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("microbatch_id", "stage", "compute_seconds", "wait_seconds", "sent_bytes", "sampled", "failed")
+    __slots__ = ("microbatch_id", "stage", "compute_seconds", "wait_seconds", "sent_bytes", "sampled", "failed", "missing")
     MICROBATCH_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +179,7 @@ class Report(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
     microbatch_id: int
     stage: int
     compute_seconds: float
@@ -160,4 +187,5 @@ class Report(_message.Message):
     sent_bytes: int
     sampled: _containers.RepeatedCompositeFieldContainer[Sampled]
     failed: _containers.RepeatedCompositeFieldContainer[FailedRow]
-    def __init__(self, microbatch_id: _Optional[int] = ..., stage: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., sampled: _Optional[_Iterable[_Union[Sampled, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[FailedRow, _Mapping]]] = ...) -> None: ...
+    missing: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, microbatch_id: _Optional[int] = ..., stage: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., sampled: _Optional[_Iterable[_Union[Sampled, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[FailedRow, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ...) -> None: ...

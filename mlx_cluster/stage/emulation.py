@@ -17,14 +17,13 @@ from mlx_cluster.stage.spec import EmulationSpec
 
 def step_seconds(spec: EmulationSpec, header: Microbatch) -> float:
     """How long the virtual device computes this microbatch."""
-    rows, positions = header.batch_shape
     match header.kind:
         case Kind.CONTROL:
             return 0.0
         case Kind.PREFILL:
-            return spec.seconds_per_step + rows * positions * spec.seconds_per_prompt_token
+            return spec.seconds_per_step + len(header.tokens) * spec.seconds_per_prompt_token
         case Kind.DECODE:
-            return spec.seconds_per_step + rows * spec.seconds_per_row
+            return spec.seconds_per_step + len(header.rows) * spec.seconds_per_row
 
 
 def scripted_token(spec: EmulationSpec, seed: int, choice: int, index: int) -> int:

@@ -155,6 +155,7 @@ class Worker:
             sent_bytes=sent_bytes,
             sampled=outcome.sampled,
             failed=outcome.failed,
+            missing=outcome.missing,
         )
         self._loop.call_soon(self._report, report)
         self._depth.release()

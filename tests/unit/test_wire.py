@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_cluster import errors, wire
 from mlx_cluster._pb import engine_pb2, stage_pb2
-from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report, RowSpec, Sampled
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store
 from mlx_cluster.request import Admitted, Finished, Grammar, Sampling, SequenceRequest, Token
 
 small = st.integers(0, 2**31)
@@ -52,6 +52,10 @@ microbatches = st.builds(
     sample=st.booleans(),
     admit=st.lists(specs, max_size=2).map(tuple),
     release=ids,
+    lengths=ids,
+    store=st.lists(st.builds(Store, row=small, entry=small), max_size=3).map(tuple),
+    load=st.lists(st.builds(Load, row=small, entry=small, length=small), max_size=3).map(tuple),
+    evict=ids,
 )
 reports = st.builds(
     Report,
@@ -64,6 +68,7 @@ reports = st.builds(
         st.builds(Sampled, row=small, token_id=small, logprob=st.none() | real, top=pairs), max_size=3
     ).map(tuple),
     failed=st.lists(st.builds(FailedRow, row=small, message=st.text(max_size=9)), max_size=2).map(tuple),
+    missing=ids,
 )
 requests = st.builds(
     SequenceRequest,

@@ -35,7 +35,10 @@ def runner(spec: EmulationSpec = SPEC, *, last: bool = False) -> tuple[EmulatedR
     return EmulatedRunner(spec, last=last, clock=time.clock, sleep=time.sleep), time
 
 
-@pytest.mark.parametrize(("header", "seconds"), [(PREFILL, 4.0), (DECODE, 3.0), (CONTROL, 0.0)])
+SEVERAL = Microbatch(4, Kind.PREFILL, rows=(1, 2, 3), tokens=tuple(range(8)), lengths=(1, 5, 2))
+
+
+@pytest.mark.parametrize(("header", "seconds"), [(PREFILL, 4.0), (SEVERAL, 4.0), (DECODE, 3.0), (CONTROL, 0.0)])
 def test_the_cost_of_a_microbatch(header: Microbatch, seconds: float) -> None:
     assert step_seconds(SPEC, header) == seconds
 
