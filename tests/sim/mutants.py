@@ -22,7 +22,7 @@ class SpeaksBeforeTheDisk(Election):
 class CountsItselfBeforeItsDisk(Election):
     def _take(self, document: Document) -> None:
         super()._take(document)
-        self.on_disk = replace(self.on_disk, document=document)
+        self.journal.on_disk = replace(self.journal.on_disk, document=document)
 
 
 class VotesForOlderDocuments(Election):

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from mlx_cluster.cluster.election import operator
+from mlx_cluster.cluster.election import operator, seats
 from mlx_cluster.cluster.election.events import (
     BecomeLeader,
     Command,
@@ -34,6 +33,7 @@ from mlx_cluster.cluster.election.events import (
     StepDown,
     Tick,
 )
+from mlx_cluster.cluster.election.journal import Journal, Words
 from mlx_cluster.cluster.election.leading import Leading
 from mlx_cluster.cluster.election.messages import (
     Append,
@@ -49,7 +49,6 @@ from mlx_cluster.cluster.election.messages import (
     VoteRequest,
 )
 from mlx_cluster.cluster.election.values import (
-    BLANK,
     NOTHING,
     Document,
     Durable,
@@ -82,11 +81,8 @@ class Election:
             durable.document,
         )
         self.seen = dict(durable.seen)
-        self.on_disk = durable
-        self._under_way: Durable | None = None
-        self._dirty = False
-        self._sends: list[tuple[str, Body, int]] = []  # of this step; they depend on the durable state
-        self._held: list[tuple[int, str, Body, int]] = []  # the same, until the write with that sequence is done
+        self.journal = Journal(durable)
+        self._words: list[Words] = []  # of this step, that depend on the durable state
 
         self.role = Role.FOLLOWER
         self.leader: str | None = None
@@ -203,7 +199,7 @@ class Election:
         if message.cluster != self.cluster or message.receiver not in (self.voter, anybody_on(self._node)):
             return
         body = message.body
-        if message.era != self.era and not self._era_passes(message):
+        if message.era != self.era and not seats.era_passes(self, message):
             return
         if self.now < self._abstains_until and not isinstance(body, RollCall | RollCallReply):
             return
@@ -214,14 +210,12 @@ class Election:
         self._bodies[type(body)](message, body)
 
     def _on_persisted(self, event: Persisted) -> None:
-        if self._under_way is None or event.sequence != self._under_way.sequence:
+        ready = self.journal.done(event.sequence)
+        if ready is None:
             return
-        self.on_disk, self._under_way = self._under_way, None
-        ready = [held for held in self._held if held[0] <= event.sequence]
-        self._held = [held for held in self._held if held[0] > event.sequence]
-        for _, receiver, body, term in ready:
+        for receiver, body, term in ready:
             self.send_now(receiver, body, term)
-        if self.role is Role.CANDIDATE and self.on_disk.term == self.term:
+        if self.role is Role.CANDIDATE and self.journal.on_disk.term == self.term:
             self._count_vote(self.voter)
         elif self.leading is not None:
             self._commit_if_accepted(self.leading)
@@ -281,7 +275,7 @@ class Election:
             self._follow_term(term)
         granted = allowed and term == self.term and self._is_as_new(body.version) and self.voted_for in (None, sender)
         if granted and self.voted_for is None:
-            self.voted_for, self._dirty = sender, True
+            self.voted_for, self.journal.changed = sender, True
             self.role = Role.FOLLOWER
             self._wait()
         newer = self.document if self.version > body.version else None
@@ -392,7 +386,7 @@ class Election:
         if document is None or self.committed is document:
             return
         accepted = leading.accepted(document.version)
-        if self.on_disk.document is document:
+        if self.journal.on_disk.document is document:
             accepted.add(self.voter)
         if not document.is_majority(accepted):
             return
@@ -413,27 +407,14 @@ class Election:
         self.out.append(StepDown(self.term, reason))
         self._wait()
 
-    # -- voters come and go ----------------------------------------------------------------------------
+    # -- in and out of the voter set: see ``seats`` --------------------------------------------------------
 
     def _on_join(self, message: Message, _: Join) -> None:
-        document = self.document
-        if document is not None and message.sender in document.voters:
-            # It holds a seat and does not know it: the leader that gave it may be gone, and who has the document a
-            # witness that never stands.
-            self.send(message.sender, VoteReply(False, True, document))
-            return
-        if not self.is_idle or document is None:
-            return  # while its removal is not committed an id still counts, and may be needed to commit it
-        if message.sender in document.retired:
-            self.send(message.sender, Dismissal())
-            return
-        successor = operator.seat_for(document, message.sender, self.voter)
-        if successor is not None and operator.is_reachable(self, successor, message.sender):
-            self.write(replace(successor, version=document.next(self.term).version))
+        seats.asks_to_join(self, message.sender)
 
     def _on_dismissal(self, _message: Message, _: Dismissal) -> None:
         if not self.is_voter:
-            self._retire("this voter id has been removed from the cluster")
+            self.retire("this voter id has been removed from the cluster")
 
     def _call_the_roll(self) -> None:
         for voter in self._others():
@@ -444,32 +425,13 @@ class Election:
         self.send_now(message.sender, RollCallReply(self.seen.get(message.sender, 0)))
 
     def _on_roll_call_reply(self, message: Message, body: RollCallReply) -> None:
-        if body.seen > self.on_disk.sequence:
-            self._retire(
-                f"{message.sender} has heard of write {body.seen}, this disk ends at {self.on_disk.sequence}: "
-                "it has gone back in time"
+        last = self.journal.on_disk.sequence
+        if body.seen > last:
+            self.retire(
+                f"{message.sender} has heard of write {body.seen}, this disk ends at {last}: it went back in time"
             )
 
-    def _era_passes(self, message: Message) -> bool:
-        """Whether a message of another era may be read; learns a higher era, or is retired by it."""
-        if message.era.number < self.era.number:
-            if isinstance(message.body, Join):
-                return message.era == BLANK
-            if not isinstance(message.body, RollCallReply):
-                self.send_now(message.sender, RollCallReply(0))  # carries the era in force
-            return False
-        if message.era.number == self.era.number:
-            return False  # two clusters were founded beside each other: they never mix
-        if self.document is not None:
-            self._retire(f"the cluster was founded anew as {message.era}, this voter belongs to {self.era}")
-            return False
-        if isinstance(message.body, Append | VoteRequest | VoteReply):
-            self.era = message.era
-            self._dirty = True
-            return True
-        return False
-
-    def _retire(self, reason: str) -> None:
+    def retire(self, reason: str) -> None:
         self.step_down(reason)
         self.role = Role.RETIRED
         self.out.append(Retire(reason))
@@ -477,8 +439,8 @@ class Election:
     # -- durable state, timers, sending ------------------------------------------------------------------
 
     def _enter_term(self, term: int) -> None:
-        self.term, self.voted_for, self._dirty = term, None, True
-        self._held.clear()  # nothing said in an earlier term is worth saying any more
+        self.term, self.voted_for, self.journal.changed = term, None, True
+        self.journal.forget_words()  # nothing said in an earlier term is worth saying any more
 
     def _follow_term(self, term: int) -> None:
         self.step_down(f"term {term} has begun")
@@ -487,7 +449,7 @@ class Election:
 
     def _take(self, document: Document) -> None:
         self.document = document
-        self._dirty = True
+        self.journal.changed = True
 
     def adopt(self, document: Document, term: int) -> None:
         """A document that nobody has voted on: the first one, or a forced one. Founding only."""
@@ -528,28 +490,28 @@ class Election:
 
     def send(self, receiver: str, body: Body, term: int | None = None) -> None:
         """Once the state as of the end of this step is on the disk."""
-        self._sends.append((receiver, body, self.term if term is None else term))
+        self._words.append((receiver, body, self.term if term is None else term))
 
     def send_now(self, receiver: str, body: Body, term: int | None = None) -> None:
         """At once: for what says nothing about this voter's own disk."""
         said = self.term if term is None else term
-        self.out.append(Send(Message(self.cluster, self.era, self.voter, receiver, said, self.on_disk.sequence, body)))
+        self.out.append(
+            Send(Message(self.cluster, self.era, self.voter, receiver, said, self.journal.on_disk.sequence, body))
+        )
 
     def _must_wait_for_disk(self) -> bool:
-        return self._dirty or self._under_way is not None
+        return not self.journal.is_quiet
 
     def _finish(self) -> tuple[Effect, ...]:
-        if self._dirty and self._under_way is None and self.role is not Role.RETIRED:
+        if self.journal.wants_to_write and self.role is not Role.RETIRED:
             self._write_down()
-        if self._sends:
+        if self._words:
             if self._must_wait_for_disk():
-                last = self._under_way.sequence if self._under_way else self.on_disk.sequence
-                needed = last + 1 if self._dirty else last
-                self._held += [(needed, *one) for one in self._sends]
+                self.journal.hold(self._words)
             else:
-                for receiver, body, term in self._sends:
+                for receiver, body, term in self._words:
                     self.send_now(receiver, body, term)
-            self._sends.clear()
+            self._words = []
         timer = self._next_timer()
         if timer != self._timer:
             self._timer = timer
@@ -558,18 +520,19 @@ class Election:
         return out
 
     def _write_down(self) -> None:
-        self._under_way = Durable(
+        voters = self.document.everyone if self.document else tuple(self.seen)
+        durable = Durable(
             cluster=self.cluster,
             voter=self.voter,
             era=self.era,
             term=self.term,
             voted_for=self.voted_for,
             document=self.document,
-            sequence=self.on_disk.sequence + 1,
-            seen=tuple(self.seen.items()),
+            sequence=self.journal.on_disk.sequence + 1,
+            seen=tuple((v, self.seen[v]) for v in voters if v in self.seen),
         )
-        self._dirty = False
-        self.out.append(Persist(self._under_way))
+        self.journal.begin(durable)
+        self.out.append(Persist(durable))
 
     def _next_timer(self) -> float:
         if self.role is Role.RETIRED:

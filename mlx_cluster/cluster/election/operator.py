@@ -21,13 +21,13 @@ from mlx_cluster.cluster.election.events import (
     TransferTo,
 )
 from mlx_cluster.cluster.election.messages import HandOver, RollCall
+from mlx_cluster.cluster.election.seats import MAX_RETIRED, is_reachable, with_voter, without
 from mlx_cluster.cluster.election.values import Document, Era, Version, node_of
 
 if TYPE_CHECKING:
     from mlx_cluster.cluster.election.machine import Election
 
 _UNREACHABLE = "too few of the voters that would be left answer: the change could never be committed"
-MAX_RETIRED = 256  # ids kept in the document; a message would have to be that many lost disks late to slip by
 
 
 def carry_out(voter: Election, command: Command) -> None:
@@ -35,48 +35,6 @@ def carry_out(voter: Election, command: Command) -> None:
     refusal = _REFUSALS[type(command)](voter, command)
     if refusal:
         voter.refuse(command, refusal)
-
-
-def seat_for(document: Document, joiner: str, leader: str) -> Document | None:
-    """The next step that gives a node with a new disk its seat back, or None when it is owed none.
-
-    First the lost id goes, then, in a change of its own, the new one comes.
-    """
-    if joiner in document.voters:
-        return None
-    node = node_of(joiner)
-    lost = next((v for v in document.voters if node_of(v) == node), None)
-    if lost is not None:
-        if lost == leader or len(document.voters) == 1:
-            return None
-        return replace(without(document, lost), vacant=(*document.vacant, lost))
-    owed = next((v for v in document.vacant if node_of(v) == node), None)
-    if owed is None:
-        return None
-    seated = with_voter(document, joiner, owed in document.witnesses)
-    return replace(
-        seated,
-        vacant=tuple(v for v in document.vacant if v != owed),
-        witnesses=tuple(v for v in seated.witnesses if v != owed),
-    )
-
-
-def with_voter(document: Document, voter: str, witness: bool) -> Document:
-    return replace(
-        document,
-        voters=(*document.voters, voter),
-        previous=document.voters,
-        witnesses=(*document.witnesses, voter) if witness else document.witnesses,
-    )
-
-
-def without(document: Document, voter: str) -> Document:
-    return replace(
-        document,
-        voters=tuple(v for v in document.voters if v != voter),
-        previous=document.voters,
-        retired=(*document.retired, voter)[-MAX_RETIRED:],
-    )
 
 
 def somebody_answers(voter: Election, other: str) -> None:
@@ -108,15 +66,6 @@ def found_anew(voter: Election) -> None:
 
 def _end_probe(voter: Election) -> None:
     voter.probing, voter.probe_ends = None, float("inf")
-
-
-def is_reachable(voter: Election, document: Document, besides: str = "") -> bool:
-    """Whether the voters heard of late (and ``besides``) are a majority of every set, so that it can be committed."""
-    if voter.leading is None:
-        return False
-    since = voter.now - voter.settings.timeout_max_seconds
-    heard = {v for v, peer in voter.leading.peers.items() if peer.heard >= since}
-    return document.is_majority(heard | {voter.voter, besides})
 
 
 def _not_now(voter: Election) -> str:
