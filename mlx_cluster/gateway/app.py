@@ -23,6 +23,7 @@ from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import read_json_body
 from mlx_cluster.gateway.errors import MethodNotAllowed, RouteNotFound
+from mlx_cluster.gateway.incoming import has_effect, name_dropped
 from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
 from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
@@ -90,6 +91,8 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         settings = gateway.settings
         raw = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_seconds=settings.timeout)
         ask = parse(raw) if len(raw) <= PARSE_ON_LOOP_BYTES else await gateway.catalogue.off_loop(parse, raw)
+        if ask.hints and not await has_effect(ask, gateway):
+            name_dropped(request, ask.hints)
         # The engine's id is ours alone: a client's x-request-id need not be unique in the cluster.
         answer_id = f"{prefix}-{secrets.token_hex(12)}"
         return GenerationResponse(gateway, ask, make_dialect, answer_id, request.state.request_id)

@@ -70,6 +70,7 @@ class Ask:
     include_usage: bool = False
     continuous_usage: bool = False
     template_values: Mapping[str, Any] = field(default_factory=dict)
+    hints: tuple[str, ...] = ()  # the fields that these come from, named when the template knows none of them
     tool_use: ToolUse | None = None
     grammar: Grammar | None = None
     grammar_field: str = "response_format"

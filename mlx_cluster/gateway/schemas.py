@@ -203,6 +203,7 @@ class ChatBody(SamplingBody):
             prompt_field="messages",
             max_tokens_field="max_completion_tokens" if new is not None else "max_tokens",
             template_values=template_values(self.reasoning_effort, self.chat_template_kwargs),
+            hints=tuple(name for name in ("reasoning_effort", "chat_template_kwargs") if getattr(self, name)),
             tool_use=tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls),
             grammar=grammar,
             grammar_field=grammar_field,

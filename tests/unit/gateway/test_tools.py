@@ -223,3 +223,10 @@ async def test_what_cannot_be_served_is_a_400_with_its_name(world: World, extra:
     with pytest.raises(openai.BadRequestError) as caught:
         await world.sdk.chat.completions.create(model="tiny", messages=HI, extra_body=extra)
     assert caught.value.param == param
+
+
+async def test_an_effort_that_no_template_knows_is_named(world: World) -> None:
+    world.engine(text="x")
+    body = {"model": "tiny", "messages": HI, "reasoning_effort": "low"}
+    answer = await world.http.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.headers["x-mlx-cluster-ignored"]) == (200, "reasoning_effort")
