@@ -38,7 +38,7 @@ COPY_HEAD_LAYERS = 6
 class Recipe:
     """Everything a run depends on besides the corpus."""
 
-    steps: int = 1100
+    steps: int = 1500
     seed: int = 7
     vocab_size: int = 1536
     layers: int = 28
@@ -47,13 +47,24 @@ class Recipe:
     rows: int = 16
     length: int = 128
     long_every: int = 4  # every fourth batch has long rows, so that chats of a few hundred tokens work
-    long_rows: int = 5
+    long_rows: int = 4
     long_length: int = 384
-    peak_rate: float = 2e-3
-    warmup_steps: int = 40
+    peak_rate: float = 1.5e-3
+    warmup_steps: int = 50
+    decay_steps: int = 400  # the rate is constant before; so a run can be made longer from its checkpoint
+    half_steps: int = 250  # steps with half the rows: the beginning needs steps more than it needs tokens
     weight_decay: float = 0.05
-    copying: float = 0.5  # share of copying tasks among the exchanges
+    frozen_steps: int = 200  # the copying heads are held: unprotected, the large first updates destroy them
+    noise_steps: int = 50  # at first only copies of random tokens
+    noise_fade_steps: int = 80  # then their share falls to the floor
+    noise_floor: float = 0.1
+    copying: float = 0.5  # share of copying tasks among all other exchanges
     shards: int = 2  # parts of a batch that are computed at once, each on its own stream
+
+    def noise_share(self, step: int) -> float:
+        """Share of the exchanges of a step that copy random tokens."""
+        faded = min(1.0, max(0.0, (step - self.noise_steps) / self.noise_fade_steps))
+        return 1.0 - faded * (1.0 - self.noise_floor)
 
     def model_args(self) -> ModelArgs:
         return ModelArgs(
@@ -81,8 +92,10 @@ def first_weights(args: ModelArgs, rng: np.random.Generator) -> dict[str, np.nda
     looks at the previous position, through its biases alone: they turn with the position, so only a distance of one
     fits. It writes what it sees into a subspace of its own. A head in each of the next layers compares that subspace
     with the present token and copies what it finds. Plain random weights take many times the steps to find this.
+    The embeddings are large, and the last norm small in turn: Adam moves every weight by the rate at once, and the sum
+    of 28 branches would otherwise drown them in the first steps.
     """
-    hidden, inner, embedding_scale = args.hidden_size, args.intermediate_size, 0.04
+    hidden, inner, embedding_scale = args.hidden_size, args.intermediate_size, 0.3
     dim = hidden // args.num_attention_heads
 
     def normal(*shape: int, scale: float) -> np.ndarray:
@@ -94,7 +107,7 @@ def first_weights(args: ModelArgs, rng: np.random.Generator) -> dict[str, np.nda
 
     weights = {
         "model.embed_tokens.weight": normal(args.vocab_size, hidden, scale=embedding_scale),
-        "model.norm.weight": np.ones(hidden),
+        "model.norm.weight": np.full(hidden, 0.04 / embedding_scale),
     }
     for layer in range(args.num_hidden_layers):
         shapes = {
@@ -144,6 +157,9 @@ def first_weights(args: ModelArgs, rng: np.random.Generator) -> dict[str, np.nda
 # --- batches -----------------------------------------------------------------------------------------------------
 
 
+Target = tuple[int, float]  # a token and how much it counts in the loss
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     tokens: mx.array  # [rows, length]
@@ -161,31 +177,43 @@ class Batches:
     def at(self, step: int) -> Batch:
         """The batch of a step: always the same one, so that a resumed run sees what it would have seen."""
         recipe = self._recipe
-        lessons = Lessons(self._corpus, np.random.default_rng([recipe.seed, step]))
+        rng = np.random.default_rng([recipe.seed, step])
+        lessons = Lessons(self._corpus, rng)
         is_long = step % recipe.long_every == recipe.long_every - 1
         rows, length = (recipe.long_rows, recipe.long_length) if is_long else (recipe.rows, recipe.length)
+        if step < recipe.half_steps:
+            rows = max(recipe.shards, rows // 2)
         tokens = np.full((rows, length), self._pad, dtype=np.int32)
         weights = np.zeros((rows, length), dtype=np.float32)
         for row in range(rows):
-            ids, counts = self._conversation(lessons, length)
-            tokens[row, : len(ids)], weights[row, : len(counts)] = ids, counts
+            targets = self._conversation(lessons, rng, recipe.noise_share(step), length)
+            tokens[row], weights[row] = zip(*targets, strict=True)
         return Batch(mx.array(tokens), mx.array(weights))
 
-    def _conversation(self, lessons: Lessons, length: int) -> tuple[list[int], list[float]]:
-        turns = lessons.opening()
-        ids: list[int] = []
-        counts: list[float] = []
-        while len(ids) < length:
-            for turn in turns:
-                self._append(turn, ids, counts)
-            turns = list(lessons.exchange(self._recipe.copying))
-        return ids[:length], counts[:length]
+    def _conversation(self, lessons: Lessons, rng: np.random.Generator, noise: float, length: int) -> list[Target]:
+        targets = [target for turn in lessons.opening() for target in self._turn(turn)]
+        while len(targets) < length:
+            if rng.random() < noise:
+                targets += self._noise_exchange(rng)
+            else:
+                for turn in lessons.exchange(self._recipe.copying):
+                    targets += self._turn(turn)
+        return targets[:length]
 
-    def _append(self, turn: Turn, ids: list[int], counts: list[float]) -> None:
-        head = [self._start, *self._encode(turn.role + "\n")]
-        body = [*self._encode(turn.text), self._end]
-        ids += head + body + self._newline
-        counts += [0.0] * len(head) + [turn.weight] * len(body) + [0.0] * len(self._newline)
+    def _turn(self, turn: Turn) -> list[Target]:
+        return self._message(turn.role, self._encode(turn.text), turn.weight)
+
+    def _noise_exchange(self, rng: np.random.Generator) -> list[Target]:
+        """Random tokens to repeat. As they mean nothing, only looking back helps."""
+        first_ordinary = max(self._start, self._end, self._pad) + 1
+        noise = rng.integers(first_ordinary, self._recipe.vocab_size, rng.integers(4, 40)).tolist()
+        question = self._message("user", [*self._encode("Repeat: "), *noise], 0.0)
+        return question + self._message("assistant", noise, 1.0)
+
+    def _message(self, role: str, body: list[int], weight: float) -> list[Target]:
+        head = [self._start, *self._encode(role + "\n")]
+        weighted = [(token, weight) for token in (*body, self._end)]
+        return [(token, 0.0) for token in head] + weighted + [(token, 0.0) for token in self._newline]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -208,22 +236,25 @@ class Trainer:
         self.model = Model(args)
         first = first_weights(args, np.random.default_rng(recipe.seed))
         self.model.load_weights([(name, mx.array(value.astype(np.float32))) for name, value in first.items()])
-        decay_steps = max(1, recipe.steps - recipe.warmup_steps)
+        decay_steps = min(recipe.decay_steps, max(1, recipe.steps - recipe.warmup_steps))
         rates = optim.join_schedules(
             [
                 optim.linear_schedule(recipe.peak_rate / 20, recipe.peak_rate, recipe.warmup_steps),
-                optim.cosine_decay(recipe.peak_rate, decay_steps, recipe.peak_rate / 100),
+                lambda _: mx.array(recipe.peak_rate),
+                optim.linear_schedule(recipe.peak_rate, recipe.peak_rate / 100, decay_steps),
             ],
-            [recipe.warmup_steps],
+            [recipe.warmup_steps, max(recipe.warmup_steps, recipe.steps - decay_steps)],
         )
         self.optimizer = optim.AdamW(rates, betas=[0.9, 0.98], weight_decay=recipe.weight_decay)
         self.optimizer.init(self.model.trainable_parameters())
+        self._frozen_steps = recipe.frozen_steps
         self._loss_and_gradients = nn.value_and_grad(self.model, weighted_loss)
         self._streams = [mx.new_stream(mx.default_device()) for _ in range(recipe.shards)]
         mx.eval(self.model.parameters(), self.optimizer.state)
 
     def step(self, batch: Batch) -> float:
         """One update; the loss before it."""
+        self._freeze_or_thaw_copy_heads()
         total = mx.maximum(batch.weights[:, 1:].sum(), 1.0)
         mx.eval(batch.tokens, batch.weights, total)
         num_shards = len(self._streams)
@@ -240,6 +271,11 @@ class Trainer:
         self.optimizer.update(self.model, clipped)
         mx.eval(self.model.parameters(), self.optimizer.state)
         return float(sum(loss.item() for loss in losses))
+
+    def _freeze_or_thaw_copy_heads(self) -> None:
+        frozen = self.optimizer.step.item() < self._frozen_steps
+        for layer in self.model.layers[:COPY_HEAD_LAYERS]:
+            (layer.self_attn.freeze if frozen else layer.self_attn.unfreeze)()
 
     def save(self, path: Path) -> None:
         arrays = {f"model.{k}": v for k, v in tree_flatten(self.model.parameters())}
@@ -295,7 +331,7 @@ def train(recipe: Recipe, out: Path, corpus: Corpus, report: Any = print, checkp
     tokenizer = train_tokenizer(corpus.texts(), recipe.vocab_size, MAX_POSITIONS)
     batches = Batches(recipe, corpus, tokenizer)
     trainer = Trainer(recipe)
-    checkpoint = out / "checkpoint" / f"state-{recipe.steps}-{recipe.seed}.safetensors"
+    checkpoint = out / "checkpoint" / f"state-{recipe.seed}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     done = trainer.restore(checkpoint) if checkpoint.exists() else 0
     started, recent = time.monotonic(), [0.0]
