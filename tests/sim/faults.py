@@ -14,7 +14,7 @@ from mlx_cluster.cluster.election.values import NOTHING, Durable
 from tests.sim.checker import Broken
 from tests.sim.world import SETTINGS, Node, World
 
-MIN_EVENTS = 600
+MIN_EVENTS = 400
 
 
 class Faults:
@@ -55,6 +55,7 @@ class Faults:
         fault = self.rng.choices(self.kinds, self.weights)[0]
         if self.world.trace is not None:
             self.world.say(f"-- {fault.__name__}")
+        self.world.num_events += 1
         fault()
         self.world.ask_everybody()
         self.world.at(self.world.now + self.rng.expovariate(1 / self.pace), self.go_on)

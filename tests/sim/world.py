@@ -73,7 +73,7 @@ class World:
         self.rng = random.Random(seed)
         self.new_election = election
         self.now = 0.0
-        self.num_events = 0
+        self.num_events = 0  # that a voter has taken, and faults
         self.checker = Checker()
         self.weather = Weather()
         self.fast = self.rng.choice(FAST_SECONDS)
@@ -108,7 +108,6 @@ class World:
         heap = self._heap
         while heap and heap[0][0] <= until:
             self.now, _, what, arguments = heapq.heappop(heap)
-            self.num_events += 1
             what(*arguments)
             if done is not None and done():
                 return True
@@ -156,6 +155,7 @@ class World:
         if node.paused:
             node.backlog.append(event)
             return
+        self.num_events += 1
         effects = election.step(self.clock(node), event, self.rng.random())
         if self.trace is not None:
             self.say(f"{node.name} {election.role} {election.term} {election.version}: {event} → {effects}")
