@@ -31,12 +31,17 @@ class SimulatedPipeline:
     known_rows: set[int] = field(default_factory=set)
     on_stage_report: Callable[[int, Microbatch, float], None] | None = None
     check: bool = True
+    lose_load: Callable[[int], bool] = lambda _entry: False  # whether a stage turns out not to have an entry
+    contents: dict[int, list[int]] = field(default_factory=dict)  # row → the tokens in its caches
+    entries: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    num_loads: int = 0
 
     def __post_init__(self) -> None:
         self.busy = [0.0] * len(self.stage_times)
         self._free_at = [0.0] * len(self.stage_times)
         self._done: list[tuple[float, int, Microbatch]] = []
         self._drawn: dict[int, int] = {}
+        self._missing: set[int] = set()
 
     def submit(self, request: SequenceRequest) -> int:
         sequence = self.scheduler.submit(request)
@@ -48,7 +53,7 @@ class SimulatedPipeline:
         self.pump()
 
     def pump(self) -> None:
-        while (microbatch := self.scheduler.next()) is not None:
+        while (microbatch := self.scheduler.next(self.now)) is not None:
             self._send(microbatch)
         self._record(self.scheduler.take_effects())
         if self.check:
@@ -65,7 +70,9 @@ class SimulatedPipeline:
                 index = self._drawn.get(row, 0)
                 self._drawn[row] = index + 1
                 sampled.append(Sampled(row, scripted_token(row, index)))
-        report = Report(microbatch.id, len(self.stage_times) - 1, sampled=tuple(sampled))
+        missing = tuple(row for row in microbatch.rows if row in self._missing)
+        report = Report(microbatch.id, len(self.stage_times) - 1, sampled=tuple(sampled), missing=missing)
+        self.scheduler.restart_rows(missing)
         self._record(self.scheduler.complete(report))
         self.pump()
         return True
@@ -93,14 +100,32 @@ class SimulatedPipeline:
         heapq.heappush(self._done, (at, microbatch.id, microbatch))
 
     def _check_rows(self, microbatch: Microbatch) -> None:
+        """Do what every stage does with the header, and check that it makes sense."""
+        for store in microbatch.store:
+            self.entries[store.entry] = tuple(self.contents[store.row])
         for row in microbatch.release:
             assert row in self.known_rows, f"row {row} is released and was not there"
             self.known_rows.discard(row)
+            self.contents.pop(row)
+        for entry in microbatch.evict:
+            self.entries.pop(entry, None)  # a broken row never became one
         for spec in microbatch.admit:
             assert spec.row not in self.known_rows, f"row {spec.row} is admitted twice"
             self.known_rows.add(spec.row)
+            self.contents[spec.row] = []
+        for load in microbatch.load:
+            self.num_loads += 1
+            assert not self.contents[load.row], "only a fresh row loads"
+            self.contents[load.row] = list(self.entries[load.entry][: load.length])
+            if self.lose_load(load.entry):
+                self._missing.add(load.row)
         assert set(microbatch.rows) <= self.known_rows, "a row works that no stage knows"
         assert len(set(microbatch.rows)) == len(microbatch.rows), "a row is twice in a batch"
+        for row, tokens in zip(microbatch.rows, microbatch.row_tokens(), strict=True):
+            assert not microbatch.lengths or not self.contents[row], "several prompts together are fresh"
+            self.contents[row] += tokens
+            if microbatch.sample and row not in self._missing:
+                assert tuple(self.contents[row]) == self.scheduler.tokens_of(row), "the caches hold something else"
 
     def _record(self, effects: list[Effect]) -> None:
         self.effects += [(self.now, effect) for effect in effects]

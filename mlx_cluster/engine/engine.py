@@ -45,6 +45,7 @@ class _Trip:
     microbatch: Microbatch
     left_at: float
     reported: int = 0
+    held: Report | None = None  # the last stage's, where all stages must have reported first
 
 
 class PipelineEngine:
@@ -80,7 +81,7 @@ class PipelineEngine:
         self._trips: dict[int, _Trip] = {}
         self._error: ClusterError | None = None
         self._watchdog: asyncio.Task[None] | None = None
-        self._num_tokens = 0
+        self._num_tokens = self._num_fallbacks = 0
         self._busy_seconds = [0.0] * plan.num_stages
         self._streams = [
             StageStream(
@@ -152,6 +153,7 @@ class PipelineEngine:
         return {
             **self._scheduler.statistics(),
             "tokens": self._num_tokens,
+            "prefix_fallbacks": self._num_fallbacks,
             "busy_seconds": [round(seconds, 6) for seconds in self._busy_seconds],
         }
 
@@ -172,7 +174,7 @@ class PipelineEngine:
 
     def _pump(self) -> None:
         now = asyncio.get_running_loop().time()
-        while self._error is None and (microbatch := self._scheduler.next()) is not None:
+        while self._error is None and (microbatch := self._scheduler.next(now)) is not None:
             header = stage_pb2.EngineMessage(microbatch=encode_microbatch(microbatch)).SerializeToString()
             self._trips[microbatch.id] = _Trip(microbatch, now)
             for stream in self._streams:
@@ -189,14 +191,22 @@ class PipelineEngine:
         self._busy_seconds[report.stage] += report.compute_seconds
         if trip.microbatch.kind is Kind.DECODE:
             self._fill.observe(report.stage, len(trip.microbatch.rows), report.compute_seconds)
-        if trip.reported == len(self._streams):
+        last = report.stage == len(self._streams) - 1
+        everybody = trip.reported == len(self._streams)
+        if everybody:
             del self._trips[report.microbatch_id]
-        if report.stage == len(self._streams) - 1:
-            self._apply(self._scheduler.complete(report))
-            self._pump()
-        elif report.failed:
+        if report.missing:
+            self._num_fallbacks += self._scheduler.restart_rows(report.missing)
+        if report.failed and not last:
             self._scheduler.fail_rows(report.failed)
-            self._pump()
+        if last and not everybody and self._scheduler.awaits_all_stages(report.microbatch_id):
+            trip.held = report
+            return
+        if last or (everybody and trip.held is not None):
+            self._apply(self._scheduler.complete(trip.held or report))
+        elif not (report.missing or report.failed):
+            return
+        self._pump()
 
     def _apply(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -209,8 +219,8 @@ class PipelineEngine:
                     client.events.put_nowait(token)
                 case Started():
                     client.events.put_nowait(Admitted())
-                case Ended(_, reason, completion_tokens):
-                    client.events.put_nowait(Finished(reason, len(client.request.prompt), completion_tokens))
+                case Ended(_, reason, completion, cached):
+                    client.events.put_nowait(Finished(reason, len(client.request.prompt), completion, cached))
                     del self._clients[effect.sequence]
                 case Failed(_, error):
                     client.events.put_nowait(error)

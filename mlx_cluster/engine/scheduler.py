@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mlx_cluster.engine.prefix import PrefixIndex
 from mlx_cluster.errors import ClusterError, Overloaded, RowFailed
-from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report, RowSpec
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Store
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
 
 
@@ -26,6 +27,7 @@ class Policy:
     """Bounds of one pipeline's scheduler.
 
     ``num_groups`` answers how many groups to run for a number of decoding rows (see ``engine.fill``).
+    ``max_prompts`` is how many short prompts may share a microbatch.
     """
 
     num_stages: int
@@ -33,6 +35,7 @@ class Policy:
     max_queue: int
     prefill_chunk: int
     num_groups: Callable[[int], int]
+    max_prompts: int = 1
 
 
 # -- what the scheduler tells the engine ---------------------------------------------------------
@@ -56,6 +59,7 @@ class Ended:
     sequence: int
     reason: FinishReason
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,11 @@ class Failed:
     sequence: int
     error: ClusterError
 
+
+# How much of a microbatch of several prompts must not be padding.
+MIN_DENSITY = 0.75
+# One pool of prefixes until requests carry their tenant.
+CACHE_SALT = ""
 
 Effect = Started | Drew | Ended | Failed
 
@@ -77,9 +86,15 @@ class _Sequence:
     tokens: tuple[int, ...]  # what prefill must compute: prompt and already emitted ids
     row: int = -1
     prefilled: int = 0
-    num_emitted: int = 0
-    last_token: int = 0
+    emitted: list[int] = field(default_factory=list)  # new ones; those of the request are part of ``tokens``
+    entry: int | None = None  # the prefix entry that it started from
+    cached: int = 0  # how many tokens that saved
+    kept: list[int] = field(default_factory=list)  # entries made of its row
     group: _Group | None = None
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.request.emitted) + len(self.emitted)
 
 
 @dataclass(slots=True, eq=False)
@@ -99,8 +114,9 @@ class _InFlight:
 class Scheduler:
     """A state machine: ``submit`` and ``cancel`` sequences, ask ``next`` for work, tell it each ``complete``."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, prefix: PrefixIndex | None = None) -> None:
         self.policy = policy
+        self.prefix = prefix
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: deque[_Sequence] = deque()
         self._loose: deque[_Sequence] = deque()
@@ -110,6 +126,10 @@ class Scheduler:
         self._rows: dict[int, _Sequence] = {}
         self._in_flight: dict[int, _InFlight] = {}
         self._release: list[int] = []
+        self._keep: list[tuple[_Sequence, tuple[int, ...]]] = []  # what the next microbatch shall store
+        self._store: list[Store] = []
+        self._evict: list[int] = []
+        self._now = 0.0
         self._effects: list[Effect] = []
         self._next_sequence = 0
         self._next_row = 0
@@ -134,7 +154,6 @@ class Scheduler:
                 retry_after_seconds=2.0,
             )
         sequence = _Sequence(self._next_sequence, request, request.prompt + request.emitted)
-        sequence.num_emitted = len(request.emitted)
         self._next_sequence += 1
         self._live[sequence.id] = sequence
         (self._waiting.appendleft if resumed else self._waiting.append)(sequence)
@@ -145,6 +164,20 @@ class Scheduler:
         sequence = self._live.get(sequence_id)
         if sequence is not None:
             self._end(sequence)
+
+    def awaits_all_stages(self, microbatch_id: int) -> bool:
+        """Whether its tokens count only when every stage has reported it.
+
+        A row that started from a prefix entry: a stage that turns out not to have the entry says so in its own report,
+        which may arrive after the last stage's.
+        """
+        item = self._in_flight.get(microbatch_id)
+        return (
+            item is not None
+            and item.microbatch.sample
+            and any(s.entry is not None for s in item.sequences)
+            and (item.microbatch.kind is Kind.PREFILL)
+        )
 
     def complete(self, report: Report) -> list[Effect]:
         """The last stage's report of a microbatch: its tokens, and a credit back."""
@@ -171,20 +204,39 @@ class Scheduler:
         for failure in failed:
             sequence = self._rows.get(failure.row)
             if sequence is not None:
+                self._disown(sequence)
                 self._end(sequence)
                 self._effects.append(Failed(sequence.id, RowFailed(failure.message)))
 
-    def next(self) -> Microbatch | None:
+    def restart_rows(self, rows: Sequence[int]) -> int:
+        """Rows whose prefix entry some stage does not have: start them again without it; gives how many."""
+        restarted = 0
+        for row in rows:
+            sequence = self._rows.get(row)
+            if sequence is None:
+                continue
+            self._disown(sequence)
+            self._detach(sequence)
+            sequence.prefilled = sequence.cached = 0
+            sequence.entry = None
+            self._give_row(sequence)
+            self._prefilling.appendleft(sequence)
+            restarted += 1
+        return restarted
+
+    def next(self, now: float = 0.0) -> Microbatch | None:
         """The next microbatch to send to every stage, or None when nothing may go now."""
+        self._now = now
         if len(self._in_flight) >= self.credits:
             return None
         self._admit()
+        self._plan_stores()
         if self._chunk_is_due():
             return self._chunk()
         decode = self._decode()
         if decode is not None:
             return decode
-        if self._release and not self._in_flight:
+        if (self._release or self._store or self._evict) and not self._in_flight:
             return self._dispatch(Kind.CONTROL)
         return None
 
@@ -204,7 +256,12 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._live and not self._in_flight and not self._release
+        return not (self._live or self._in_flight or self._release or self._store)
+
+    def tokens_of(self, row: int) -> tuple[int, ...]:
+        """Prompt and output so far of a living row."""
+        sequence = self._rows[row]
+        return (*sequence.tokens, *sequence.emitted)
 
     def statistics(self) -> dict[str, int]:
         return {
@@ -214,6 +271,7 @@ class Scheduler:
             "groups": len(self._groups),
             "rows": len(self._rows),
             "in_flight": len(self._in_flight),
+            "prefix_entries": len(self.prefix) if self.prefix is not None else 0,
         }
 
     def audit(self) -> None:
@@ -224,6 +282,7 @@ class Scheduler:
             for item in self._in_flight.values()
             if item.microbatch.kind is Kind.PREFILL and item.microbatch.sample
             for s in item.sequences
+            if s.row in item.microbatch.rows  # else it was restarted meanwhile
         }
         live_placed = [s.id for s in placed] + [i for i in pending_first if i in self._live]
         assert len(set(live_placed)) == len(live_placed), "a sequence is in two places"
@@ -240,11 +299,14 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._free_rows() > 0:
             sequence = self._waiting.popleft()
-            sequence.row = self._next_row
-            self._next_row += 1
-            self._rows[sequence.row] = sequence
+            self._give_row(sequence)
             self._prefilling.append(sequence)
             self._effects.append(Started(sequence.id))
+
+    def _give_row(self, sequence: _Sequence) -> None:
+        sequence.row = self._next_row
+        self._next_row += 1
+        self._rows[sequence.row] = sequence
 
     def _chunk_is_due(self) -> bool:
         """While nothing decodes chunks go out back to back; else ``prefill_chunk`` tokens for each cycle of the groups.
@@ -262,20 +324,101 @@ class Scheduler:
 
     def _chunk(self) -> Microbatch:
         sequence = self._prefilling[0]
+        loads = self._reuse(sequence)
         start = sequence.prefilled
         end = min(start + self.policy.prefill_chunk, len(sequence.tokens))
+        if start == 0 and end == len(sequence.tokens):
+            return self._whole_prompts()
         sequence.prefilled = end
         self._prefill_budget -= end - start
         last = end == len(sequence.tokens)
         if last:
             self._prefilling.popleft()
-        return self._dispatch(
+        fresh = start == (loads[0].length if loads else 0)
+        microbatch = self._dispatch(
             Kind.PREFILL,
             sequences=(sequence,),
             tokens=sequence.tokens[start:end],
             sample=last,
-            admit=(_row_spec(sequence),) if start == 0 else (),
+            admit=(_row_spec(sequence),) if fresh else (),
+            load=loads,
         )
+        if last:
+            self._keep_prompt(sequence)
+        return microbatch
+
+    def _whole_prompts(self) -> Microbatch:
+        """One microbatch of the first prompt and those behind it that fit beside it without much padding."""
+        taken = [self._prefilling.popleft()]
+        longest = total = len(taken[0].tokens)
+        while self._prefilling and len(taken) < self.policy.max_prompts:
+            sequence = self._prefilling[0]
+            length = len(sequence.tokens)
+            longest, total = max(longest, length), total + length
+            padded = longest * (len(taken) + 1)
+            if sequence.prefilled or padded > self.policy.prefill_chunk or total < MIN_DENSITY * padded:
+                break
+            if self._reuse(sequence, only_look=True):
+                break
+            taken.append(self._prefilling.popleft())
+        for sequence in taken:
+            sequence.prefilled = len(sequence.tokens)
+            self._prefill_budget -= len(sequence.tokens)
+        microbatch = self._dispatch(
+            Kind.PREFILL,
+            sequences=tuple(taken),
+            tokens=tuple(token for sequence in taken for token in sequence.tokens),
+            lengths=tuple(len(sequence.tokens) for sequence in taken) if len(taken) > 1 else (),
+            sample=True,
+            admit=tuple(_row_spec(sequence) for sequence in taken),
+        )
+        for sequence in taken:
+            self._keep_prompt(sequence)
+        return microbatch
+
+    # -- prefix cache -----------------------------------------------------------------------------------
+
+    def _reuse(self, sequence: _Sequence, *, only_look: bool = False) -> tuple[Load, ...]:
+        """The entry that a fresh row can start from, if any."""
+        if self.prefix is None or sequence.prefilled:
+            return ()
+        hit = self.prefix.lookup(CACHE_SALT, sequence.tokens, self._now)
+        if hit is None:
+            return ()
+        if not only_look:
+            sequence.prefilled = sequence.cached = hit.length
+            sequence.entry = hit.entry
+        return (Load(sequence.row, hit.entry, hit.length),)
+
+    def _keep_prompt(self, sequence: _Sequence) -> None:
+        if self.prefix is not None:
+            self._keep.append((sequence, sequence.tokens))
+
+    def _keep_conversation(self, sequence: _Sequence) -> None:
+        """All but the last token, which was drawn and never computed."""
+        if self.prefix is not None:
+            self._keep.append((sequence, (*sequence.tokens, *sequence.emitted[:-1])))
+
+    def _disown(self, sequence: _Sequence) -> None:
+        """Its row is broken on some stage, so is every entry made of it, and the one it began with may be missing."""
+        self._keep = [item for item in self._keep if item[0] is not sequence]
+        self._store = [store for store in self._store if store.row != sequence.row]
+        entries = sequence.kept if sequence.entry is None else [*sequence.kept, sequence.entry]
+        self._evict += [entry for entry in entries if self.prefix is not None and self.prefix.forget(entry)]
+        sequence.kept = []
+
+    def _plan_stores(self) -> None:
+        """Name what is to be kept. Before any look-up for the same header, so that none finds what has to go for it."""
+        if self.prefix is None:
+            return
+        self._evict += self.prefix.expire(self._now)
+        for sequence, tokens in self._keep:
+            stored = self.prefix.store(CACHE_SALT, tokens, self._now)
+            if stored is not None:
+                self._store.append(Store(sequence.row, stored.entry))
+                sequence.kept.append(stored.entry)
+                self._evict += stored.evict
+        self._keep.clear()
 
     # -- decode ---------------------------------------------------------------------------------------
 
@@ -324,7 +467,7 @@ class Scheduler:
         return self._dispatch(
             Kind.DECODE,
             sequences=tuple(group.members),
-            tokens=tuple(s.last_token for s in group.members),
+            tokens=tuple(s.emitted[-1] for s in group.members),
             sample=True,
             group=group,
         )
@@ -340,6 +483,8 @@ class Scheduler:
         sample: bool = False,
         group: _Group | None = None,
         admit: tuple[RowSpec, ...] = (),
+        load: tuple[Load, ...] = (),
+        lengths: tuple[int, ...] = (),
     ) -> Microbatch:
         microbatch = Microbatch(
             id=self._next_microbatch,
@@ -350,16 +495,20 @@ class Scheduler:
             sample=sample,
             admit=admit,
             release=tuple(self._release),
+            lengths=lengths,
+            store=tuple(self._store),
+            load=load,
+            evict=tuple(self._evict),
         )
-        self._release.clear()
+        for done in (self._release, self._store, self._evict):
+            done.clear()
         self._granted = self.credits
         self._next_microbatch += 1
         self._in_flight[microbatch.id] = _InFlight(microbatch, sequences, group)
         return microbatch
 
     def _draw(self, sequence: _Sequence, token: Token) -> None:
-        sequence.num_emitted += 1
-        sequence.last_token = token.token_id
+        sequence.emitted.append(token.token_id)
         self._effects.append(Drew(sequence.id, token))
         reason: FinishReason | None = None
         if token.token_id in sequence.request.stop_token_ids:
@@ -367,8 +516,9 @@ class Scheduler:
         elif sequence.num_emitted >= sequence.request.max_tokens:
             reason = "length"
         if reason is not None:
+            self._keep_conversation(sequence)
             self._end(sequence)
-            self._effects.append(Ended(sequence.id, reason, sequence.num_emitted))
+            self._effects.append(Ended(sequence.id, reason, sequence.num_emitted, sequence.cached))
 
     def _end(self, sequence: _Sequence) -> None:
         """Take a sequence out of wherever it is and let its row go with the next microbatch."""
@@ -376,6 +526,10 @@ class Scheduler:
         if sequence.row < 0:
             self._waiting.remove(sequence)
             return
+        self._detach(sequence)
+
+    def _detach(self, sequence: _Sequence) -> None:
+        """Out of its group or queue, and its row on the way out of the stages."""
         del self._rows[sequence.row]
         if sequence.prefilled > 0:  # the stages know the row only once a chunk went out
             self._release.append(sequence.row)

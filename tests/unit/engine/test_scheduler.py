@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cluster.engine.fill import Fill
+from mlx_cluster.engine.prefix import Limits, PrefixIndex
 from mlx_cluster.engine.scheduler import Drew, Ended, Failed, Policy, Scheduler, Started
 from mlx_cluster.errors import Overloaded, RowFailed
 from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report
@@ -22,9 +23,19 @@ def request(prompt: int = 5, tokens: int = 4, **kw: object) -> SequenceRequest:
 
 
 def scheduler(
-    stages: int = 3, rows: int = 16, queue: int = 100, chunk: int = 4, groups: int | None = None
+    stages: int = 3,
+    rows: int = 16,
+    queue: int = 100,
+    chunk: int = 4,
+    groups: int | None = None,
+    prompts: int = 1,
+    prefix: PrefixIndex | None = None,
 ) -> Scheduler:
-    return Scheduler(Policy(stages, rows, queue, chunk, lambda b: min(b, groups or stages)))
+    return Scheduler(Policy(stages, rows, queue, chunk, lambda b: min(b, groups or stages), prompts), prefix)
+
+
+def prefix_index(max_bytes: int = 200, can_trim: bool = True) -> PrefixIndex:
+    return PrefixIndex(Limits(max_bytes=max_bytes, bytes_per_position=1, min_tokens=2, can_trim=can_trim))
 
 
 def linear(step: float, token: float) -> object:
@@ -167,12 +178,29 @@ trace = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(trace=trace, stages=st.integers(1, 5), rows=st.integers(1, 9), chunk=st.integers(1, 9), groups=st.integers(1, 7))
+@given(
+    trace=trace,
+    stages=st.integers(1, 5),
+    rows=st.integers(1, 9),
+    chunk=st.integers(1, 30),
+    groups=st.integers(1, 7),
+    prompts=st.integers(1, 4),
+    prefix=st.none() | st.builds(prefix_index, max_bytes=st.integers(10, 300), can_trim=st.booleans()),
+    loses=st.sampled_from([0, 1, 3]),
+)
 def test_every_sequence_ends_and_the_books_balance(
-    trace: list[tuple[str, int, int]], stages: int, rows: int, chunk: int, groups: int
+    trace: list[tuple[str, int, int]],
+    stages: int,
+    rows: int,
+    chunk: int,
+    groups: int,
+    prompts: int,
+    prefix: PrefixIndex | None,
+    loses: int,
 ) -> None:
-    s = scheduler(stages=stages, rows=rows, chunk=chunk, groups=groups)
+    s = scheduler(stages=stages, rows=rows, chunk=chunk, groups=groups, prompts=prompts, prefix=prefix)
     pipeline = SimulatedPipeline(s, [linear(1, 0.2)] * stages, hop=0.05)  # type: ignore[list-item]
+    pipeline.lose_load = lambda entry: bool(loses) and entry % loses == 0
     wanted: dict[int, int] = {}
     cancelled: set[int] = set()
     for what, a, b in trace:
@@ -199,6 +227,46 @@ def test_every_sequence_ends_and_the_books_balance(
             assert drawn[sequence] == tokens
         else:
             assert ended[sequence] <= 1
+
+
+def test_a_second_turn_computes_only_what_is_new() -> None:
+    pipeline = SimulatedPipeline(scheduler(chunk=100, prefix=prefix_index()), [linear(1, 1)] * 3)  # type: ignore[list-item]
+    pipeline.submit(request(prompt=40, tokens=5))
+    pipeline.run()
+    said = [e.token.token_id for _, e in pipeline.effects if isinstance(e, Drew)]
+    turn = SequenceRequest("r", "m", (*range(1, 41), *said, 7, 8, 9), 3, Sampling())
+    pipeline.submit(turn)
+    pipeline.run()
+    chunks = [m.tokens for _, m in pipeline.sent if m.kind is Kind.PREFILL]
+    assert chunks[1] == (said[-1], 7, 8, 9), "the last token of an answer was drawn and never computed"
+    assert pipeline.effects[-1][1] == Ended(1, "length", 3, 44)
+
+
+def test_an_entry_that_a_stage_lost_costs_a_prefill_and_nothing_else() -> None:
+    prefix = prefix_index()
+    pipeline = SimulatedPipeline(scheduler(chunk=100, prefix=prefix), [linear(1, 1)] * 3)  # type: ignore[list-item]
+    pipeline.submit(request(prompt=40, tokens=5))
+    pipeline.run()
+    pipeline.lose_load = lambda _entry: True
+    pipeline.submit(request(prompt=40, tokens=2))
+    pipeline.run()
+    ends = [e for _, e in pipeline.effects if isinstance(e, Ended)]
+    assert ends[-1] == Ended(1, "length", 2, 0)
+    indices = [e.token.index for _, e in pipeline.effects if isinstance(e, Drew) and e.sequence == 1]
+    assert indices == [0, 1]
+    assert pipeline.num_loads == 1
+
+
+def test_short_prompts_share_a_microbatch() -> None:
+    pipeline = SimulatedPipeline(scheduler(chunk=40, prompts=8), [linear(1, 1)] * 3)  # type: ignore[list-item]
+    pipeline.scheduler.submit(request(prompt=9))
+    pipeline.scheduler.submit(request(prompt=10))
+    pipeline.scheduler.submit(request(prompt=8))
+    pipeline.scheduler.submit(request(prompt=30))
+    pipeline.pump()
+    assert [m.row_lengths for _, m in pipeline.sent] == [(9, 10, 8), (30,)]
+    pipeline.run()
+    assert pipeline.scheduler.idle
 
 
 def test_fill_takes_one_group_per_stage_until_it_has_measured() -> None:
