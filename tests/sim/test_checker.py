@@ -16,7 +16,6 @@ IN_HISTORIES: list[tuple[Mutant, int]] = [
     (mutants.SpeaksBeforeTheDisk, 20),
     (mutants.CountsItselfBeforeItsDisk, 150),
     (mutants.VotesForOlderDocuments, 300),
-    (mutants.FollowsADelayedLeader, 2000),
     (mutants.TrustsAnOlderTerm, 150),
     (mutants.KeepsItsIdWithoutItsDisk, 150),
     (mutants.CountsOnTheWallClock, 300),
@@ -27,6 +26,7 @@ IN_TRAPS: list[tuple[type[mutants.Election], Trap, int]] = [
     (mutants.BreaksItsPromise, traps.deaf_voter, 10),
     (mutants.ForgetsItsPromiseInACrash, traps.deaf_voter, 20),
     (mutants.LeaseWithoutMargin, traps.fast_followers, 150),
+    (mutants.FollowsADelayedLeader, traps.late_heartbeats, 50),
     (mutants.LeaseFromWhenTheAnswerCame, traps.late_answers, 10),
 ]
 

@@ -84,15 +84,18 @@ def late_answers(seed: int, election: New = Election) -> None:
 
 
 def late_heartbeats(seed: int, election: New = Election) -> None:
-    """What the leader says comes late, after another one has been elected."""
+    """One voter is cut off from the leader and stands; what the leader says reaches the other one only after that."""
     world = World(seed, 3, 3, election=election)
     for _ in range(4):
         leader = settled(world)
-        for node in others(world, leader):
-            world.hand(node, ev.SetPriority(1.0))
-            world.weather.lag[(leader.name, node.name)] = world.rng.uniform(0.6, 0.88)
-        watch(world, 1.6)
+        standing, other = others(world, leader)
+        for node, priority in ((leader, 0.5), (standing, 1.0), (other, 0.0)):
+            world.hand(node, ev.SetPriority(priority))
+        world.weather.cut |= {(leader.name, standing.name), (standing.name, leader.name)}
+        world.weather.lag[(leader.name, other.name)] = world.rng.uniform(0.7, 0.88)
+        watch(world, 1.8)
         world.weather.lag.clear()
+        world.weather.cut.clear()
     recovers(world)
 
 
