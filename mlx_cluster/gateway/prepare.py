@@ -112,7 +112,7 @@ def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenize
             messages = teach(messages, tools)
     elif tools:
         values["tools"] = tools
-    text = tokenizer.chat_text(messages, **values)
+    text = tokenizer.chat_text(messages, continues=ask.continues, **values)
     opened = tokenizer.reasoning is not None and tokenizer.reasoning.opened_by(text)
     return tokenizer.encode(text, add_special_tokens=False), opened
 
@@ -158,10 +158,11 @@ async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Cata
 
     def compose() -> Grammar | None:
         if use is not None:
-            structured.check_tools(use.tools, lambda index: f"tools[{index}].function.parameters")
+            tools = use.tools
+            structured.check_tools(tools, lambda index: tools[index].field or f"tools[{index}].function.parameters")
         main = None if required else ask.grammar
         opened = shape.begins_in_reasoning
-        whole = structured.compose(main, use, shape.reasoning, opened=opened, is_special=tokenizer.is_special)
+        whole = structured.compose(main, use, shape.reasoning, opened=opened, special_id=tokenizer.special_id)
         if whole is not None:
             grammar.check(whole, field)
         return whole

@@ -38,7 +38,7 @@ def compose(
     reasoning: Markers | None,
     *,
     opened: bool,
-    is_special: Callable[[str], bool],
+    special_id: Callable[[str], int | None],
 ) -> Grammar | None:
     """The grammar of a whole answer: reasoning if the model reasons, then ``main`` or calls of the tools.
 
@@ -53,14 +53,14 @@ def compose(
     parts: list[dict[str, Any]] = []
     if main is not None:
         bodies.append("@main")
-        parts.append({"name": "main", **grammar.part_of(main)})
+        parts.append({**grammar.part_of(main), "name": "main"})
     if use is not None:
         bodies.append("calls")
         rules += _call_rules(use)
     before = ""
     if reasoning is not None:
         before = "before " if opened else "before? "
-        rules += _reasoning_rules(reasoning, opened, is_special)
+        rules += _reasoning_rules(reasoning, opened, special_id)
     lark = "\n".join([f"start: {before}({' | '.join(bodies)})", *rules])
     return Grammar("llguidance", json.dumps({"grammars": [{"lark_grammar": lark}, *parts]}, ensure_ascii=False))
 
@@ -80,12 +80,17 @@ def _call_rules(use: ToolUse) -> list[str]:
     return rules
 
 
-def _reasoning_rules(markers: Markers, opened: bool, is_special: Callable[[str], bool]) -> list[str]:
-    """Markers that are special tokens are no text to llguidance: it knows them by name."""
-    start = "" if opened else (markers.start if is_special(markers.start) else _quoted(markers.start)) + " "
+def _reasoning_rules(markers: Markers, opened: bool, special_id: Callable[[str], int | None]) -> list[str]:
+    """Markers that are special tokens are no text to llguidance: it knows them by their ids."""
+
+    def literal(marker: str) -> str:
+        token_id = special_id(marker)
+        return _quoted(marker) if token_id is None else f"<[{token_id}]>"
+
+    start = "" if opened else literal(markers.start) + " "
     space = r"space: /\s{0,2}/"
-    if is_special(markers.end):
-        return [f"before: {start}thought {markers.end} space", r"thought: /(.|\n)*/", space]
+    if special_id(markers.end) is not None:
+        return [f"before: {start}thought {literal(markers.end)} space", r"thought: /(.|\n)*/", space]
     end = re.escape(markers.end).replace("/", r"\/")
     return [f"before: {start}thought space", rf"thought[lazy]: /(.|\n)*{end}/", space]
 

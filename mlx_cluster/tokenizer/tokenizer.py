@@ -60,11 +60,13 @@ class Tokenizer:
         """Token ids of a conversation, ready for the assistant's answer. See ``chat_text``."""
         return self.encode(self.chat_text(messages, **template_values), add_special_tokens=False)
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]], **template_values: Any) -> str:
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], *, continues: bool = False, **template_values: Any
+    ) -> str:
         """The text of a conversation, ready for the assistant's answer. It is encoded without special tokens.
 
-        ``template_values`` go to the template as they are. Raises ``InvalidRequest`` when the model has no chat
-        template or its template refuses the messages.
+        With ``continues`` the last message is the answer's own beginning. ``template_values`` go to the template as
+        they are. Raises ``InvalidRequest`` when the model has no chat template or its template refuses the messages.
         """
         from jinja2 import TemplateError
 
@@ -77,7 +79,11 @@ class Tokenizer:
         try:
             return str(
                 self._inner.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True, **template_values
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=not continues,
+                    continue_final_message=continues,
+                    **template_values,
                 )
             )
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -97,9 +103,9 @@ class Tokenizer:
         shown = {id_: name for id_, name in names.items() if any(name in marker for marker in markers)}
         return NamingDecoder(inner, shown) if shown else inner
 
-    def is_special(self, text: str) -> bool:
-        """Whether ``text`` is one of the special tokens, which are no text to a grammar."""
-        return any(self.token_text(id_) == text for id_ in self._special)
+    def special_id(self, text: str) -> int | None:
+        """The id of ``text`` when it is one of the special tokens, which are no text to a grammar."""
+        return next((id_ for id_ in self._special if self.token_text(id_) == text), None)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one id by itself, special tokens by their name; empty for an id outside the vocabulary."""

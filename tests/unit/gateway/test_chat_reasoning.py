@@ -133,7 +133,7 @@ async def test_markers_that_are_special_tokens_are_shown(tmp_path: Path) -> None
     inner.save(str(directory / "tokenizer.json"))
     tokenizer: Tokenizer = load(directory)
     assert tokenizer.reasoning is not None
-    assert tokenizer.is_special("[THINK]")
+    assert tokenizer.special_id("[THINK]") == tokenizer.encode("[THINK]")[0]
     ids = tokenizer.encode("[THINK]é[/THINK]a<|im_end|>")
     hidden, shown = tokenizer.decoder(), tokenizer.decoder(("[THINK]", "[/THINK]"))
     assert "".join(hidden.push(token) for token in ids) == "éa"
