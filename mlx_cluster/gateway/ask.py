@@ -21,11 +21,15 @@ MAX_LOGIT_BIAS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. ``parameters`` is the JSON schema of its arguments."""
+    """A function that the model may call. ``parameters`` is the JSON schema of its arguments.
+
+    ``schema_field`` is the schema's place in the client's body where that is not OpenAI's.
+    """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    schema_field: str = ""
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it."""
@@ -56,6 +60,7 @@ class Ask:
     model: str
     sampling: Sampling
     messages: tuple[Mapping[str, Any], ...] | None = None
+    continues: bool = False  # the last of the messages is the answer's own beginning
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     seed_given: bool = False

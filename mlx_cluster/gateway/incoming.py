@@ -43,6 +43,11 @@ async def has_effect(ask: Ask, gateway: Gateway) -> bool:
     return bool(ask.template_values.keys() & tokenizer.template_names)
 
 
+async def hints_in_vain(ask: Ask, gateway: Gateway) -> tuple[str, ...]:
+    """The fields that ask something of a chat template which does not know it."""
+    return () if not ask.hints or await has_effect(ask, gateway) else ask.hints
+
+
 def add_answer_header(request: Request, name: bytes, value: bytes) -> None:
     """Whatever the answer will be, an error too, it has this header."""
     headers = getattr(request.state, ANSWER_HEADERS, ())

@@ -105,6 +105,10 @@ class Turn(Body):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[AnyBlock], BeforeValidator(_blocks)]
 
+    @property
+    def text(self) -> str:
+        return "".join(block.text for block in self.content if isinstance(block, TextBlock))
+
     def for_template(self) -> Iterator[dict[str, Any]]:
         """The one or more messages that a chat template makes of this turn."""
         if self.role == "assistant":
@@ -199,11 +203,20 @@ class MessagesBody(Body):
             raise InvalidRequest(
                 "max_tokens is required: add it", param="max_tokens", code="missing_required_parameter"
             )
-        if self.messages[-1].role == "assistant":
+        last = self.messages[-1]
+        if last.role != "assistant":
+            return
+        if any(not isinstance(block, TextBlock) for block in last.content) or not last.text.strip():
             raise InvalidRequest(
-                "messages ends with a turn of the assistant, which this server does not continue: end with the user's",
+                "messages ends with a turn of the assistant that is not text alone: only text can be continued",
                 param="messages",
-                code="unsupported_value",
+                code="invalid_value",
+            )
+        if last.text != last.text.rstrip():
+            raise InvalidRequest(
+                "messages ends with a turn of the assistant that ends with whitespace: the next token brings its own",
+                param="messages",
+                code="invalid_value",
             )
 
     def to_ask(self) -> Ask:
@@ -211,12 +224,14 @@ class MessagesBody(Body):
             model=self.model,
             sampling=self._sampling(),
             messages=tuple(self._conversation()),
+            continues=self.messages[-1].role == "assistant" and bool(self.messages[-1].text),
             max_tokens=self.max_tokens,
             # Clients of this dialect ask for the most that a hosted model gives, whatever the context of this one.
             max_tokens_is_ceiling=True,
             stop=tuple(self.stop_sequences),
             stream=self.stream,
             template_values=self._template_values(),
+            hints=self._hints(),
             splits_reasoning=True,
             tool_use=tool_use(self.tools, self.tool_choice),
             grammar=self._grammar(),
@@ -230,7 +245,7 @@ class MessagesBody(Body):
             names += [f"thinking.{name}" for name in ("budget_tokens", "display") if getattr(self.thinking, name)]
         return names + dropped_tools(self.tools)
 
-    def hints(self) -> tuple[str, ...]:
+    def _hints(self) -> tuple[str, ...]:
         asked = {"output_config.effort": self.output_config.effort, "thinking": self.thinking}
         return tuple(name for name, value in asked.items() if value is not None)
 
@@ -280,20 +295,19 @@ class Parsed:
 
     ask: Ask
     dropped: tuple[str, ...]
-    hints: tuple[str, ...]  # fields that ask something of the chat template, which may not know it
 
 
 def parse_messages(raw: bytes) -> Parsed:
     """The body of POST /v1/messages. Raises ``InvalidRequest``."""
     body, dropped = _body(raw)
     body.check()
-    return Parsed(body.to_ask(), dropped, body.hints())
+    return Parsed(body.to_ask(), dropped)
 
 
 def parse_count(raw: bytes) -> Parsed:
     """The body of POST /v1/messages/count_tokens: no ``max_tokens``, and any turn may be the last."""
     body, dropped = _body(raw)
-    return Parsed(body.to_ask(), dropped, body.hints())
+    return Parsed(body.to_ask(), dropped)
 
 
 def _body(raw: bytes) -> tuple[MessagesBody, tuple[str, ...]]:

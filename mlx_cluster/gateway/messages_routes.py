@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from mlx_cluster.gateway.answer import Gateway, GenerationResponse
-from mlx_cluster.gateway.incoming import add_answer_header, has_effect, name_dropped, read_parsed
+from mlx_cluster.gateway.incoming import add_answer_header, hints_in_vain, name_dropped, read_parsed
 from mlx_cluster.gateway.messages import MessagesBody, Parsed, parse_count, parse_messages
 from mlx_cluster.gateway.messages_dialect import MessagesDialect
 from mlx_cluster.gateway.messages_errors import PATH
@@ -48,7 +48,7 @@ def add_messages(app: FastAPI, gateway: Gateway) -> None:
         # Where the SDKs of this dialect look for the request's id.
         add_answer_header(request, b"request-id", request.state.request_id.encode())
         parsed = await read_parsed(request, gateway, parse)
-        vain = [] if await has_effect(parsed.ask, gateway) else list(parsed.hints)
+        vain = await hints_in_vain(parsed.ask, gateway)
         name_dropped(request, [*parsed.dropped, *vain, *_unknown_betas(request)])
         return parsed
 

@@ -88,7 +88,11 @@ def tool_use(tools: Sequence[ClientTool | HostedTool], choice: ToolChoice | None
         return None
     choice = choice if choice is not None else ToolChoice(type="auto")
     return ToolUse(
-        tools=tuple(Tool(tool.name, tool.description, tool.input_schema) for tool in known),
+        tools=tuple(
+            Tool(tool.name, tool.description, tool.input_schema, f"tools[{index}].input_schema")
+            for index, tool in enumerate(tools)
+            if isinstance(tool, ClientTool)
+        ),
         choice=_CHOICES[choice.type],
         only=choice.name if choice.type == "tool" else None,
         parallel=not choice.disable_parallel_tool_use,

@@ -159,7 +159,9 @@ async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Cata
     def compose() -> Grammar | None:
         if use is not None:
             tools = use.tools
-            structured.check_tools(tools, lambda index: tools[index].field or f"tools[{index}].function.parameters")
+            structured.check_tools(
+                tools, lambda index: tools[index].schema_field or f"tools[{index}].function.parameters"
+            )
         main = None if required else ask.grammar
         opened = shape.begins_in_reasoning
         whole = structured.compose(main, use, shape.reasoning, opened=opened, special_id=tokenizer.special_id)

@@ -235,7 +235,8 @@ class ResponsesBody(Body):
             prompt_field="input",
             max_tokens_field="max_output_tokens",
             stream=self.stream,
-            template_values=self._template_values(),
+            template_values=effort_values(self.reasoning.effort),
+            hints=() if self.reasoning.effort is None else ("reasoning.effort",),
             splits_reasoning=True,
             tool_use=tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls),
             grammar=self.text.format.grammar() if self.text.format is not None else None,
@@ -249,9 +250,6 @@ class ResponsesBody(Body):
         vain = ("summary", "generate_summary", "context", "mode")
         names += [f"reasoning.{name}" for name in vain if getattr(self.reasoning, name)]
         return names + dropped_tools(self.tools)
-
-    def _template_values(self) -> dict[str, Any]:
-        return effort_values(self.reasoning.effort)
 
 
 class History(Body):

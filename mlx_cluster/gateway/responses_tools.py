@@ -8,6 +8,7 @@ Invariant: a choice that insists on a call has a tool to call, or the request is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -102,7 +103,11 @@ AnyChoice = Literal["none", "auto", "required"] | Annotated[NamedChoice | Allowe
 
 def tool_use(tools: Sequence[Any], choice: Any, *, parallel: bool) -> ToolUse | None:
     """Raises ``InvalidRequest`` for a choice that cannot be met, and for two tools of one name."""
-    known = {tool.name: tool.for_model() for tool in tools if isinstance(tool, FunctionTool | CustomTool)}
+    known = {
+        tool.name: replace(tool.for_model(), schema_field=f"tools[{index}].parameters")
+        for index, tool in enumerate(tools)
+        if isinstance(tool, FunctionTool | CustomTool)
+    }
     if len(known) < sum(isinstance(tool, FunctionTool | CustomTool) for tool in tools):
         raise InvalidRequest("tools: two tools have the same name: rename one", param="tools", code="invalid_value")
     only: str | None = None

@@ -28,6 +28,7 @@ T = TypeVar("T")
 FILE_NAME = "responses.sqlite3"
 CALL_SECONDS = 10.0
 MAX_CHAIN = 512  # responses that one conversation may go back
+MAX_CHAIN_BYTES = 32 * 1024 * 1024
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS response (
@@ -80,7 +81,7 @@ class ResponseStore:
     async def chain(self, id_: str) -> list[Stored] | None:
         """The conversation that ends with this response, oldest first; None when any of it is not here.
 
-        Raises ``InvalidRequest`` when it is longer than ``MAX_CHAIN``.
+        Raises ``InvalidRequest`` when it is longer than ``MAX_CHAIN`` or larger than ``MAX_CHAIN_BYTES``.
         """
         return await self._call(lambda database: _chain(database, id_))
 
@@ -164,13 +165,16 @@ def _one(database: sqlite3.Connection, id_: str) -> Stored | None:
 def _chain(database: sqlite3.Connection, id_: str) -> list[Stored] | None:
     found: list[Stored] = []
     wanted: str | None = id_
+    num_bytes = 0
     while wanted is not None:
         stored = _one(database, wanted)
         if stored is None:
             return None
-        if len(found) == MAX_CHAIN:
+        num_bytes += database.execute("SELECT num_bytes FROM response WHERE id = ?", (wanted,)).fetchone()[0]
+        if len(found) == MAX_CHAIN or num_bytes > MAX_CHAIN_BYTES:
             raise InvalidRequest(
-                f"previous_response_id: the conversation has more than {MAX_CHAIN} responses: start a new one",
+                f"previous_response_id: the conversation has more than {MAX_CHAIN} responses, or {MAX_CHAIN_BYTES} "
+                "bytes: start a new one",
                 param="previous_response_id",
             )
         found.append(stored)

@@ -233,6 +233,20 @@ async def test_a_history_with_tools_and_thinking(world: World) -> None:
     )
 
 
+@pytest.mark.parametrize("content", ["hello", [{"type": "text", "text": "hello"}]])
+async def test_an_answer_is_continued(world: World, sdk: anthropic.AsyncAnthropic, content: Any) -> None:
+    world.engine(text=" w")
+    answer = await sdk.messages.create(**{**BODY, "messages": [*HI, {"role": "assistant", "content": content}]})
+    assert prompt(world) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello"
+    assert answer.content[0].text == " w"
+
+
+async def test_a_schema_that_cannot_be_followed_is_named_as_the_client_wrote_it(world: World) -> None:
+    tools = [{"type": "bash_20250124", "name": "bash"}, {"name": "bad", "input_schema": {"properties": 5}}]
+    answer = await post(world, tools=tools, tool_choice={"type": "any"})
+    assert "tools[1].input_schema" in error_of(answer, 400, "invalid_request_error")
+
+
 async def test_a_tool_is_called(world: World, sdk: anthropic.AsyncAnthropic) -> None:
     world.engine(text=f"hello {CALL}")
     answer = await sdk.messages.create(**BODY, tools=[TOOL])
@@ -383,7 +397,8 @@ async def test_what_is_dropped_is_named(world: World, stream: bool) -> None:
         ({"messages": [{"role": "user", "content": [{"type": ["x"]}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "messages"),
-        ({"messages": [*HI, {"role": "assistant", "content": "I "}]}, "does not continue"),
+        ({"messages": [*HI, {"role": "assistant", "content": "I "}]}, "ends with whitespace"),
+        ({"messages": [*HI, {"role": "assistant", "content": ""}]}, "not text alone"),
         ({"system": 5}, "system"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
@@ -402,7 +417,7 @@ async def test_what_is_dropped_is_named(world: World, stream: bool) -> None:
 async def test_bad_bodies_are_invalid_requests_that_name_the_field(
     world: World, changes: dict[str, Any], named: str, path: str
 ) -> None:
-    if named in ("max_tokens is required", "does not continue") and path.endswith("count_tokens"):
+    if named in ("max_tokens is required", "ends with whitespace", "not text alone") and path.endswith("count_tokens"):
         assert (await post(world, path, **changes)).status_code == 200
         return
     assert named in error_of(await post(world, path, **changes), 400, "invalid_request_error")
