@@ -7,12 +7,14 @@ Invariant: after ``arrange(rows)`` the parts of a group are exactly these rows i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 # The caches of one row, or of one batch: one per slot of the slice.
 Caches = list[Any]
@@ -39,11 +41,93 @@ def num_bytes(caches: Caches) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Rows that go through the slice in one call; ``rows`` are indices into the group."""
+class Cost:
+    """What a row's caches take: ``fixed_bytes``, and ``bytes_per_position`` for each position that it has."""
 
-    rows: range
+    fixed_bytes: int
+    bytes_per_position: int
+
+
+def cost(caches: Caches) -> Cost:
+    """The cost of rows like this one, which has a few positions. Nothing is evaluated.
+
+    A sliding window counts as full from the beginning: it is small, and a row that outgrows it costs no more.
+    """
+    fixed = growing = 0
+    for part in _parts(caches):
+        if getattr(part, "keys", None) is None:
+            fixed += part.nbytes
+            continue
+        # Keys and values have their positions, with those reserved for later, next to last.
+        arrays = [array for _, array in tree_flatten([part.keys, part.values])]
+        per_position = sum(array.nbytes // array.shape[-2] for array in arrays)
+        if isinstance(part, RotatingKVCache):
+            fixed += per_position * part.max_size
+        else:
+            growing += per_position
+    return Cost(fixed, growing)
+
+
+def always_cuts(caches: Caches) -> bool:
+    """Whether caches of this kind can be cut to fewer positions, however many they have."""
+    return all(isinstance(part, KVCache | QuantizedKVCache) for part in _parts(caches))
+
+
+def can_cut(caches: Caches) -> bool:
+    """Whether these can: a sliding window also until it is full, for it has lost nothing yet."""
+    return all(
+        isinstance(part, KVCache | QuantizedKVCache) or (isinstance(part, RotatingKVCache) and part.is_trimmable())
+        for part in _parts(caches)
+    )
+
+
+def copied(caches: Caches, *, without: int = 0) -> Caches:
+    """A row's caches once more, less their last ``without`` positions, as small as they can be. Not evaluated.
+
+    They share no array object with the originals, which assign into theirs.
+    """
+    copies = [_shell(cache) for cache in caches]
+    if without:
+        for cache in copies:
+            cache.trim(without)
+    for part in _parts(copies):
+        if getattr(part, "keys", None) is not None:
+            part.keys, part.values = tree_map(mx.contiguous, part.keys_and_values())
+        else:
+            vars(part).update(tree_map(_again, vars(part)))
+    return copies
+
+
+def _shell(cache: Any) -> Any:
+    shell = copy.copy(cache)
+    if isinstance(cache, CacheList):
+        shell.caches = tuple(_shell(part) for part in cache.caches)
+    return shell
+
+
+def _again(value: Any) -> Any:
+    return mx.contiguous(value) if isinstance(value, mx.array) else value
+
+
+def _parts(caches: Iterable[Any]) -> Iterator[Any]:
+    """The caches with those inside a ``CacheList`` in its place."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from _parts(cache.caches)
+        else:
+            yield cache
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that go through the slice in one call; ``rows`` are indices into the group.
+
+    ``lengths`` says how many positions each has where that differs.
+    """
+
+    rows: Sequence[int]
     caches: Caches
+    lengths: Sequence[int] = ()
 
 
 class Group:
@@ -78,6 +162,10 @@ class Group:
         self.drop(row)
         return caches
 
+    def peek(self, row: int) -> Caches:
+        """A row's caches, for whoever copies them at once; the row stays."""
+        return self._singles[row] if self._batch is None else self._extract(row)
+
     def arrange(self, rows: Sequence[int], joining: Mapping[int, Caches]) -> dict[int, Caches]:
         """Make the group exactly ``rows`` in this order; ``joining`` are the caches of those that are not here yet.
 
@@ -109,11 +197,15 @@ class Group:
     def _single(self, row: int) -> Caches:
         if self._batch is None:
             return self._singles[row]
-        index = self._rows.index(row)
-        caches = [cache.extract(index) for cache in self._batch]
+        caches = self._extract(row)
         # An unevaluated copy would hold the whole batch in memory.
         mx.eval(states(caches))
         return caches
+
+    def _extract(self, row: int) -> Caches:
+        assert self._batch is not None
+        index = self._rows.index(row)
+        return [cache.extract(index) for cache in self._batch]
 
     def _rebatch(self, rows: Sequence[int], joining: Mapping[int, Caches]) -> None:
         """Filter what stays, extend by what comes, and permute only when the order asks for it."""

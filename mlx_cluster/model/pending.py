@@ -8,10 +8,10 @@ waits until it is computed, from any thread, and lets other Python threads run m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_cluster.microbatch import FailedRow, Frame, Outcome, Sampled
+from mlx_cluster.microbatch import FailedRow, Frame, Outcome, Pending, Sampled
 from mlx_cluster.model import state
 from mlx_cluster.model.sampling import Drawn
 
@@ -22,6 +22,17 @@ class Finished:
 
     def wait(self) -> Outcome:
         return self.outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Incomplete:
+    """A microbatch without some rows, whose entry of the prefix cache was not here."""
+
+    pending: Pending
+    missing: tuple[int, ...]
+
+    def wait(self) -> Outcome:
+        return replace(self.pending.wait(), missing=self.missing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """``SliceRunner``: executes microbatches on one slice of layers.
 
-Owns: the rows of a stage, their caches and groups, and what sampling remembers of them.
+Owns: the rows of a stage, their caches and groups, and the entries of the prefix cache.
 Does not own: order and timing of microbatches (the stage's loop), or what they mean to a request (the engine).
 Invariant: every call comes from the one thread that owns mlx; only ``Pending.wait`` may run elsewhere, and it only
 reads arrays that were handed to ``async_eval``. One row's trouble leaves every other row's tokens as they were.
@@ -10,22 +10,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_cluster import log
 from mlx_cluster.errors import LinkMismatch, RowFailed
-from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec
+from mlx_cluster.microbatch import FailedRow, Frame, Kind, Load, Microbatch, Outcome, Pending, RowSpec, Store
 from mlx_cluster.model import cache as row_cache
-from mlx_cluster.model import sampling, state
+from mlx_cluster.model import prompts, sampling, state
 from mlx_cluster.model.cache import Caches, Group
-from mlx_cluster.model.grammar import Grammars, RowGrammar
+from mlx_cluster.model.grammar import Grammars
 from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, load_slice
-from mlx_cluster.model.pending import Finished, PendingFill, PendingFrame, PendingTokens
-from mlx_cluster.model.sampling import Draw
+from mlx_cluster.model.pending import Finished, Incomplete, PendingFill, PendingFrame, PendingTokens
+from mlx_cluster.model.prefix import Entries
+from mlx_cluster.model.rows import Row
 from mlx_cluster.model.slice import Head
 from mlx_cluster.request import Sampling
 
@@ -33,34 +35,13 @@ async_eval: Any = mx.async_eval  # its types cover neither trees nor keyword-les
 
 # mlx keeps freed buffers for reuse; shapes change with every prompt, so they are given back now and then.
 _CLEAR_CACHE_EVERY = 256
+# What a device that is out of memory, or a model's own code, may raise.
+_COMPUTE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
 # Rows and group of the warm-up; the engine counts from 0.
 _WARM_UP_ROWS = (-1, -2)
 _WARM_UP_GROUP = -1
 
-
-@dataclass(slots=True)
-class _Row:
-    """A row's place (``caches`` of its own, or ``group``) and what its draws depend on."""
-
-    spec: RowSpec
-    caches: Caches | None = None
-    group: int | None = None
-    drawn: int = 0
-    seen: Counter[int] = field(default_factory=Counter)
-    emitted: Counter[int] = field(default_factory=Counter)
-    problem: str | None = None
-    grammar: RowGrammar | None = None
-
-    def draw(self) -> Draw:
-        """The row's next draw; counts it."""
-        index = self.spec.first_index + self.drawn
-        self.drawn += 1
-        return Draw(self.spec.sampling, self.spec.choice, index, self.seen, self.emitted)
-
-    def remember(self, token: int) -> None:
-        if self.spec.sampling.needs_history:
-            self.seen[token] += 1
-            self.emitted[token] += 1
+logger = log.get("model.runner")
 
 
 class SliceRunner:
@@ -70,8 +51,9 @@ class SliceRunner:
         self.slice = loaded.slice
         self.device = loaded.device
         self.slice_bytes = loaded.num_bytes
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, Row] = {}
         self._groups: dict[int, Group] = {}
+        self._entries = Entries()
         self._submitted = 0
         self._grammars = Grammars(model_dir, self.slice.vocab_size) if self.slice.last else None
 
@@ -114,6 +96,35 @@ class SliceRunner:
         return own + sum(group.num_bytes for group in self._groups.values())
 
     @property
+    def prefix_bytes(self) -> int:
+        """What the entries of the prefix cache take."""
+        return self._entries.num_bytes
+
+    @cached_property
+    def can_trim(self) -> bool:
+        """Whether a row may begin with any part of an entry; else it must be the whole one."""
+        return row_cache.always_cuts(self.slice.make_caches())
+
+    @cached_property
+    def row_cost(self) -> row_cache.Cost:
+        """What the caches of one row take here, a row with others in its group not counted."""
+        caches = self.slice.make_caches()
+        self.slice(mx.zeros((1, 2), mx.int32), self.slice.stand_ins(1, 2), caches, head="none")
+        return row_cache.cost(caches)
+
+    @property
+    def kv_bytes_per_position(self) -> int:
+        return self.row_cost.bytes_per_position
+
+    @property
+    def kv_fixed_bytes(self) -> int:
+        return self.row_cost.fixed_bytes
+
+    @cached_property
+    def _shares_prompts(self) -> bool:
+        return prompts.is_exact(self.slice)
+
+    @property
     def num_rows(self) -> int:
         return len(self._rows)
 
@@ -134,6 +145,7 @@ class SliceRunner:
             step = Microbatch(0, Kind.DECODE, rows=rows, tokens=(0, 0), group=_WARM_UP_GROUP, sample=True)
             self.submit(step, self._blank_frame(step)).wait()
         self.submit(Microbatch(0, Kind.CONTROL, release=rows), None).wait()
+        logger.debug("warm", can_trim=self.can_trim, shares_prompts=self._shares_prompts, row_cost=self.row_cost)
         mx.clear_cache()
 
     # -- microbatches --------------------------------------------------------------------------------
@@ -141,57 +153,96 @@ class SliceRunner:
     def submit(self, header: Microbatch, frame: Frame | None) -> Pending:
         """Build and dispatch one microbatch. See ``microbatch.Runner``.
 
-        Raises ``LinkMismatch`` when the frame is not the one that the header promises.
+        Raises ``LinkMismatch`` when the header contradicts itself, or the frame is not the one that it promises.
         """
+        if len(header.row_lengths) != len(header.rows) or sum(header.row_lengths) != len(header.tokens):
+            raise LinkMismatch(
+                f"microbatch {header.id} has {len(header.rows)} rows of {header.row_lengths} tokens, "
+                f"but {len(header.tokens)} tokens"
+            )
+        missing = self._change_rows(header)
+        pending = self._execute(header, frame)
+        return Incomplete(pending, missing) if missing else pending
+
+    def _change_rows(self, header: Microbatch) -> tuple[int, ...]:
+        """What a header asks for before the forward pass; the rows whose entry is missing."""
+        for item in header.store:
+            self._store(item)
         for row in header.release:
             self._release(row)
+        for entry in header.evict:
+            self._entries.evict(entry)
         for spec in header.admit:
             self._admit(spec)
+        return tuple(item.row for item in header.load if not self._load(item))
+
+    def _execute(self, header: Microbatch, frame: Frame | None) -> Pending:
         if header.kind is Kind.CONTROL or not header.rows:
             return Finished(Outcome())
         received = self._received(header, frame)
         self._submitted += 1
         if self._submitted % _CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
-        failed = {row: problem for row in header.rows if (problem := self._problem(header, row)) is not None}
-        good = [index for index, row in enumerate(header.rows) if row not in failed]
+        tokens = header.row_tokens()
+        present = [
+            index for index, row in enumerate(header.rows) if row not in self._rows or not self._rows[row].missing
+        ]
+        problems = {header.rows[index]: self._problem(header, header.rows[index], tokens[index]) for index in present}
+        failed = {row: problem for row, problem in problems.items() if problem is not None}
+        good = [index for index in present if header.rows[index] not in failed]
         try:
-            return self._dispatch(header, received, good, failed)
-        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+            return self._dispatch(header, tokens, received, good, failed)
+        except _COMPUTE_ERRORS as error:
             # The forward pass of these rows broke off half-way, so their caches are of no use any more.
             message = f"layers [{self.slice.start}, {self.slice.end}) cannot run this row: {error}"
-            for row in header.rows:
+            for row in problems:
                 self._spoil(row, message)
-            failed |= {row: message for row in header.rows if row not in failed}
+            failed |= {row: message for row in problems if row not in failed}
             return Finished(self._nothing(header, failed))
 
     def _dispatch(
-        self, header: Microbatch, received: list[mx.array], good: list[int], failed: dict[int, str]
+        self,
+        header: Microbatch,
+        tokens: Sequence[tuple[int, ...]],
+        received: list[mx.array],
+        good: list[int],
+        failed: dict[int, str],
     ) -> Pending:
         if not good:
             return Finished(self._nothing(header, failed))
-        length = header.batch_shape[1]
-        tokens = mx.array(header.tokens, dtype=mx.int32).reshape(-1, length)
-        if header.kind is Kind.PREFILL:
-            parts = [row_cache.Part(range(1), self._own_caches(header.rows[0]))]
-        else:
-            parts = self._decode_parts(header, good)
+        parts = self._prefill_parts(header, good) if header.kind is Kind.PREFILL else self._decode_parts(header, good)
         head: Head = "last" if header.sample else "none"
         outputs: list[list[mx.array]] = []
+        cached: list[Any] = []
+        order: list[int] = []  # rows of the outputs, as indices into the header's
         for part in parts:
             at = [good[index] for index in part.rows]
-            whole = len(at) == len(header.rows)
-            mine = tokens if whole else tokens[mx.array(at)]
-            states = received if whole else [array[mx.array(at)] for array in received]
-            outputs.append(self.slice(mine, states, part.caches, head=head))
+            mine = prompts.pad([tokens[index] for index in at])
+            lengths = part.lengths and [len(tokens[index]) for index in at]
+            states = received if len(at) == len(header.rows) else [array[mx.array(at)] for array in received]
+            states = self.slice.fit_received(states, mine.shape[1])
+            output = self.slice(mine, states, part.caches, head=head, lengths=lengths)
+            outputs.append(output if self.slice.last else self.slice.fit_output(output, header.batch_shape[1]))
+            cached += self._settle([header.rows[index] for index in at], part)
+            order += at
+        for index in good:
+            self._rows[header.rows[index]].positions += len(tokens[index])
         output = [_concatenate(leaf) for leaf in zip(*outputs, strict=True)]
-        cached = [row_cache.states(part.caches) for part in parts]
         failures = tuple(FailedRow(row, message) for row, message in failed.items())
         if self.slice.last:
-            return self._answer(header, output, good, cached, failures)
-        frame = state.pack(header.id, [_spread(array, good, len(header.rows)) for array in output])
+            return self._answer(header, output, order, cached, failures)
+        frame = state.pack(header.id, [_spread(array, order, len(header.rows)) for array in output])
         async_eval(frame.payload, cached)
         return PendingFrame(frame, header.rows, failures)
+
+    def _settle(self, rows: Sequence[int], part: row_cache.Part) -> list[Any]:
+        """Behind a part's forward pass: prompts that shared it go apart. Gives what must be evaluated with it."""
+        if not part.lengths:
+            return row_cache.states(part.caches)
+        each = prompts.end(part.caches, part.lengths)
+        for row, caches in zip(rows, each, strict=True):
+            self._rows[row].caches = caches
+        return [row_cache.states(caches) for caches in each]
 
     def _answer(
         self,
@@ -237,6 +288,16 @@ class SliceRunner:
                 refused.append(FailedRow(row, str(error)))
         return masks, tuple(refused)
 
+    def _prefill_parts(self, header: Microbatch, good: list[int]) -> list[row_cache.Part]:
+        """Prompts that begin here together, where the slice can; any other row by itself."""
+        fresh = [at for at, index in enumerate(good) if self._rows[header.rows[index]].is_fresh]
+        if len(fresh) < 2 or not self._shares_prompts:
+            fresh = []
+        lengths = [header.row_lengths[good[at]] for at in fresh]
+        shared = [row_cache.Part(fresh, prompts.begin(self.slice, lengths), lengths)] if fresh else []
+        alone = [at for at in range(len(good)) if at not in fresh]
+        return shared + [row_cache.Part((at,), self._own_caches(header.rows[good[at]])) for at in alone]
+
     def _decode_parts(self, header: Microbatch, good: list[int]) -> list[row_cache.Part]:
         """Bring the group into the order that the header asks for."""
         group = self._groups.setdefault(header.group, Group(batched=self.slice.can_batch))
@@ -253,13 +314,34 @@ class SliceRunner:
     # -- rows ----------------------------------------------------------------------------------------
 
     def _admit(self, spec: RowSpec) -> None:
-        row = _Row(spec, problem=sampling.check_ids(spec.sampling, spec.history, self.slice.vocab_size))
+        row = Row(spec, problem=sampling.check_ids(spec.sampling, spec.history, self.slice.vocab_size))
         if spec.sampling.needs_history:
             row.seen, row.emitted = Counter(spec.history), Counter(spec.history[spec.prompt_length :])
         if spec.grammar is not None and self._grammars is not None:
             emitted = spec.history[spec.prompt_length :]
             row.grammar = self._grammars.begin(spec.grammar, emitted, spec.stop_token_ids)
         self._rows[spec.row] = row
+
+    def _store(self, item: Store) -> None:
+        """Keep a copy of a row, if there is one: who wants to begin with it is told otherwise."""
+        row = self._rows.get(item.row)
+        if row is None or row.is_fresh or row.problem is not None:
+            return
+        try:
+            caches = row.caches if row.group is None else self._groups[row.group].peek(item.row)
+            assert caches is not None
+            self._entries.store(item.entry, caches, row.positions)
+        except _COMPUTE_ERRORS as error:
+            logger.warning("a prefix was not kept", row=item.row, positions=row.positions, error=str(error))
+
+    def _load(self, item: Load) -> bool:
+        row = self._rows.get(item.row)
+        if row is None or not row.is_fresh:
+            return False
+        row.caches = self._entries.load(item.entry, item.length)
+        row.positions = item.length
+        row.missing = row.caches is None
+        return not row.missing
 
     def _release(self, row: int) -> None:
         entry = self._rows.pop(row, None)
@@ -290,23 +372,21 @@ class SliceRunner:
 
     def _own_caches(self, row: int) -> Caches:
         entry = self._rows[row]
-        if entry.caches is None and entry.group is None:
+        if entry.is_fresh:
             entry.caches = self.slice.make_caches()
         entry.caches = self._leave(row)
         return entry.caches
 
-    def _problem(self, header: Microbatch, row: int) -> str | None:
+    def _problem(self, header: Microbatch, row: int, tokens: Sequence[int]) -> str | None:
         """Why this row of the microbatch cannot be executed, if so."""
         entry = self._rows.get(row)
         if entry is None:
             return f"row {row} is not known here: it was never admitted, or is released"
         if entry.problem is not None:
             return entry.problem
-        if header.kind is Kind.DECODE and entry.caches is None and entry.group is None:
+        if header.kind is Kind.DECODE and entry.is_fresh:
             return f"row {row} has no cache here: its prompt was not run"
-        at = header.rows.index(row)
-        length = header.batch_shape[1]
-        for token in header.tokens[at * length : (at + 1) * length]:
+        for token in tokens:
             if not 0 <= token < self.slice.vocab_size:
                 return f"token {token} is outside the vocabulary of {self.slice.vocab_size}"
         return None
@@ -346,7 +426,7 @@ def _concatenate(arrays: Sequence[mx.array]) -> mx.array:
 
 def _spread(array: mx.array, good: Sequence[int], num_rows: int) -> mx.array:
     """Rows at their places among ``num_rows``, zeros where a row failed."""
-    if len(good) == num_rows:
+    if list(good) == list(range(num_rows)):
         return array
     full = mx.zeros((num_rows, *array.shape[1:]), array.dtype)
     full[mx.array(list(good))] = array

@@ -63,6 +63,7 @@ class ModelSlice:
         self._arrange_slots(traced)
         self._incoming: list[mx.array] = []
         self._head: Head = "all"
+        self._ends: Sequence[int] = ()
         self._swap(layers)
         _strip([*layers[:start], *layers[end:]], keep=model, kept_layers=layers[start:end])
         self._head_takes_one_position = self._probe_head()
@@ -72,15 +73,22 @@ class ModelSlice:
     # -- running -------------------------------------------------------------------------------------
 
     def __call__(
-        self, tokens: mx.array, received: Sequence[mx.array], caches: Caches, *, head: Head = "last"
+        self,
+        tokens: mx.array,
+        received: Sequence[mx.array],
+        caches: Caches,
+        *,
+        head: Head = "last",
+        lengths: Sequence[int] = (),
     ) -> list[mx.array]:
         """Build (not evaluate) one forward pass of ``tokens`` (rows, positions).
 
         Returns what the next slice must receive; on the last slice [logits] of shape (rows, positions, vocabulary),
-        or nothing with ``head="none"``. The caches grow by the number of positions.
+        or nothing with ``head="none"``. The caches grow by the number of positions. ``lengths`` says how many positions
+        of each row are its own where the others are padding: its last position is then the last of these.
         """
         batch, length = tokens.shape
-        self._incoming, self._head = list(received), head
+        self._incoming, self._head, self._ends = list(received), head, tuple(lengths)
         try:
             logits = self.model(tokens, cache=[caches[index] for index in self._slot_to_mine])
         except _SliceEnd as end:
@@ -95,7 +103,7 @@ class ModelSlice:
             return [leaves[number] for number in self._crossing_out]
         if head == "none":
             return []
-        return [logits[:, -1:] if head == "last" and not self._head_takes_one_position else logits]
+        return [_last_position(logits, lengths) if head == "last" and not self._head_takes_one_position else logits]
 
     def make_caches(self) -> Caches:
         """Empty caches of one row: the slice's own slots, then its stand-ins."""
@@ -178,7 +186,7 @@ class ModelSlice:
             output = original(layer, *args, **kwargs)
             if not self.last or self._head == "none":
                 raise _SliceEnd(output)
-            return _last_position(output) if self._head == "last" else output
+            return _last_position(output, self._ends) if self._head == "last" else output
 
         return call
 
@@ -210,6 +218,24 @@ class ModelSlice:
             return False
         return all(array.shape[0] == rows for array in output)
 
+    def fit_received(self, received: Sequence[mx.array], length: int) -> list[mx.array]:
+        """A received state cut to its first ``length`` positions."""
+        return [
+            _fit(array, length) if self._is_long(self.start, n) else array
+            for array, n in zip(received, self._crossing_in, strict=True)
+        ]
+
+    def fit_output(self, output: Sequence[mx.array], length: int) -> list[mx.array]:
+        """What a slice that is not the last returned, cut or padded with zeros to ``length`` positions."""
+        return [
+            _fit(array, length) if self._is_long(self.end, n) else array
+            for array, n in zip(output, self._crossing_out, strict=True)
+        ]
+
+    def _is_long(self, cut: int, number: int) -> bool:
+        """Whether an array that crosses at this cut has one element per position; the trace ran two positions."""
+        return bool(self._returns[cut - 1][0][number].shape[1] == 2)
+
     def stand_ins(self, batch: int, length: int) -> list[mx.array]:
         """Zeros in the form of the state that this slice receives."""
         if self.first:
@@ -220,11 +246,21 @@ class ModelSlice:
         return [mx.zeros((batch, length if s[1] == 2 else s[1], *s[2:]), dtype) for s, dtype in shapes]
 
 
-def _last_position(output: Any) -> Any:
-    """The hidden state (a layer's return value, or its first element) at the last position only."""
-    if isinstance(output, mx.array):
+def _last_position(output: Any, lengths: Sequence[int]) -> Any:
+    """The hidden state (a layer's return value, or its first element) at each row's last position only."""
+    if not isinstance(output, mx.array):
+        return type(output)((_last_position(output[0], lengths), *output[1:]))
+    if not lengths:
         return output[:, -1:]
-    return type(output)((_last_position(output[0]), *output[1:]))
+    return output[mx.arange(len(lengths)), mx.array(list(lengths)) - 1][:, None]
+
+
+def _fit(array: mx.array, length: int) -> mx.array:
+    """The first ``length`` positions, or zeros behind those that are there."""
+    missing = length - array.shape[1]
+    if missing <= 0:
+        return array[:, :length] if missing else array
+    return mx.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2))
 
 
 def _kind(cache: Any) -> Any:
