@@ -45,6 +45,8 @@ HINT = """mlx-cluster: an OpenAI-compatible API.
       -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
   POST /v1/completions        a plain prompt
+  POST /v1/responses          OpenAI's newer form, streamed, stored or in the background
+  POST /v1/messages           Anthropic's form; their clients take {base} as base URL
   GET  /health  /livez  /readyz  /metrics
 """
 
