@@ -47,6 +47,9 @@ class Slice:
 
     runner: Runner
     memory_bytes: int
+    can_trim: bool
+    kv_fixed_bytes: int
+    kv_bytes_per_position: int
 
 
 def main() -> int:
@@ -158,7 +161,16 @@ class StageChild:
         cleanup.push_async_callback(service.close)
         address = await service.start()
         loaded = await device.call(lambda: load(spec, self._progress()))
-        self._events.emit(StageEvent("loaded", address=address, memory_bytes=loaded.memory_bytes))
+        self._events.emit(
+            StageEvent(
+                "loaded",
+                address=address,
+                memory_bytes=loaded.memory_bytes,
+                can_trim=loaded.can_trim,
+                kv_fixed_bytes=loaded.kv_fixed_bytes,
+                kv_bytes_per_position=loaded.kv_bytes_per_position,
+            )
+        )
         command = LinkCommand.from_line(await agent.next_line())
         links = await self._link(spec, command, device, service, agent)
         cleanup.push_async_callback(links.close)
@@ -235,10 +247,11 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
     assignment = spec.plan.stages[spec.index]
     last = spec.index == spec.plan.num_stages - 1
     if spec.emulation is not None:
-        return Slice(EmulatedRunner(spec.emulation, last=last), memory_bytes=0)
+        runner = EmulatedRunner(spec.emulation, last=last)
+        return Slice(runner, memory_bytes=0, can_trim=True, kv_fixed_bytes=0, kv_bytes_per_position=0)
     from mlx_cluster.model.runner import SliceRunner  # only here: an emulated stage must not need mlx
 
-    runner = SliceRunner.load(
+    loaded = SliceRunner.load(
         Path(spec.model_dir),
         assignment.start,
         assignment.end,
@@ -247,5 +260,11 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
         memory_budget_bytes=spec.memory_budget_bytes,
         on_progress=on_progress,
     )
-    runner.warm_up()
-    return Slice(runner, runner.memory_bytes)
+    loaded.warm_up()
+    return Slice(
+        loaded,
+        memory_bytes=loaded.memory_bytes,
+        can_trim=loaded.can_trim,
+        kv_fixed_bytes=loaded.kv_fixed_bytes,
+        kv_bytes_per_position=loaded.kv_bytes_per_position,
+    )

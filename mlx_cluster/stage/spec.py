@@ -121,13 +121,20 @@ TICK_LINE = json.dumps({"type": "tick"})
 
 @dataclass(frozen=True, slots=True)
 class StageEvent:
-    """``loading`` (done/total bytes), ``loaded`` (address, memory), ``linked``, ``failed`` (code, message)."""
+    """``loading`` (done/total bytes), ``loaded`` (address, memory, rows), ``linked``, ``failed`` (code, message).
+
+    ``can_trim`` says whether a row may begin with a part of a prefix entry (else only with the whole); a row takes
+    ``kv_fixed_bytes`` and, for each of its positions, ``kv_bytes_per_position``.
+    """
 
     type: Literal["loading", "loaded", "linked", "failed"]
     done_bytes: int = 0
     total_bytes: int = 0
     address: str = ""
     memory_bytes: int = 0
+    can_trim: bool = False
+    kv_fixed_bytes: int = 0
+    kv_bytes_per_position: int = 0
     code: str = ""
     message: str = ""
 

@@ -24,7 +24,7 @@ from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import RuntimeSection
 from mlx_cluster.engine.stages import RUN_METHOD, StageStream
 from mlx_cluster.errors import CheckpointError, LinkUnavailable, PortInUse, StageStartError
-from mlx_cluster.microbatch import Kind, Microbatch, Report, RowSpec
+from mlx_cluster.microbatch import Kind, Load, Microbatch, Report, RowSpec
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
 from mlx_cluster.request import Sampling
 from mlx_cluster.stage.emulation import scripted_token
@@ -309,7 +309,10 @@ async def test_two_processes_with_half_a_model_each_say_what_one_says(tmp_path: 
         loading = [event for event in held[0].events if event.type == "loading"]
         assert loading
         assert loading[-1].done_bytes == loading[-1].total_bytes > 0
-        assert (await held[0].process.loaded()).memory_bytes > 0
+        event = await held[0].process.loaded()
+        assert event.memory_bytes > 0
+        # Two layers of two heads of 16 float32 keys and values.
+        assert (event.can_trim, event.kv_fixed_bytes, event.kv_bytes_per_position) == (True, 0, 2 * 2 * 2 * 16 * 4)
         # The prompt in two chunks that follow each other without waiting, then one step after the other.
         spec = RowSpec(1, GREEDY, choice=0)
         engine.put(Microbatch(0, Kind.PREFILL, rows=(1,), tokens=PROMPT[:4], admit=(spec,)))
@@ -324,6 +327,10 @@ async def test_two_processes_with_half_a_model_each_say_what_one_says(tmp_path: 
                 engine.put(Microbatch(i + 2, Kind.DECODE, rows=(1,), tokens=(tokens[-1],), sample=True))
         first = await engine.report(0)
         assert first.sent_bytes == 4 * 64 * 4
+        load = Load(2, entry=5, length=3)
+        engine.put(Microbatch(99, Kind.PREFILL, (2,), (1, 2), admit=(replace(spec, row=2),), load=(load,), sample=True))
+        report = await engine.report(1)
+        assert (report.missing, report.sampled, report.failed) == ((2,), (), ())
     assert tokens == alone(model_dir)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_cluster.microbatch import Kind, Microbatch, RowSpec, TensorSpec
+from mlx_cluster.microbatch import Kind, Load, Microbatch, RowSpec, Store, TensorSpec
 from mlx_cluster.request import Sampling
 from mlx_cluster.stage.emulation import EmulatedRunner, scripted_token, step_seconds
 from mlx_cluster.stage.spec import EmulationSpec
@@ -67,6 +67,19 @@ def test_frames_have_the_size_of_real_ones() -> None:
     assert (step.microbatch_id, step.tensors) == (1, (TensorSpec("bfloat16", (2, 1, 3584)),))
     assert (memoryview(prefill.payload).nbytes, memoryview(step.payload).nbytes) == (8 * 7168, 2 * 7168)
     assert emulated.submit(CONTROL, None).wait().frame is None
+
+
+def test_several_prompts_draw_one_token_each_and_entries_are_never_missing() -> None:
+    emulated, _ = runner(last=True)
+    admit = tuple(RowSpec(row, Sampling(seed=row), choice=0) for row in (1, 2, 3))
+    header = replace(SEVERAL, sample=True, admit=admit, store=(Store(9, 4),), load=(Load(2, 4, 10),), evict=(1,))
+    outcome = emulated.submit(header, None).wait()
+    assert [drawn.row for drawn in outcome.sampled] == [1, 2, 3]
+    assert outcome.missing == ()
+    front, _ = runner()
+    frame = front.submit(header, None).wait().frame
+    assert frame is not None
+    assert frame.tensors == (TensorSpec("bfloat16", (3, 5, 3584)),)
 
 
 def test_tokens_are_keyed_so_that_a_resumed_row_continues() -> None:

@@ -22,9 +22,12 @@ def test_a_link_command() -> None:
 
 
 def test_an_event() -> None:
-    event = StageEvent("failed", code="checkpoint_error", message="no file\nhere")
-    assert "\n" not in event.to_line()
-    assert StageEvent.from_line(event.to_line()) == event
+    for event in (
+        StageEvent("failed", code="checkpoint_error", message="no file\nhere"),
+        StageEvent("loaded", address="a:1", memory_bytes=9, can_trim=True, kv_fixed_bytes=3, kv_bytes_per_position=512),
+    ):
+        assert "\n" not in event.to_line()
+        assert StageEvent.from_line(event.to_line()) == event
 
 
 @pytest.mark.parametrize("cls", [StageSpec, LinkCommand])
