@@ -77,6 +77,16 @@ class FollowsADelayedLeader(Election):
         super()._on_append(message, body)
 
 
+class PromisesToAFormerLife(Election):
+    """Answers a heartbeat of an older term in its own term, with that heartbeat's time."""
+
+    def _on_append(self, message: Message, body: Append) -> None:
+        if message.term < self.term:
+            self.send(message.sender, AppendReply(body.sent_at, self.version))
+            return
+        super()._on_append(message, body)
+
+
 class KeepsItsIdWithoutItsDisk(World):
     def blank_disk(self, node: Node) -> None:
         node.disks = 0

@@ -27,6 +27,7 @@ IN_TRAPS: list[tuple[type[mutants.Election], Trap, int]] = [
     (mutants.ForgetsItsPromiseInACrash, traps.deaf_voter, 20),
     (mutants.LeaseWithoutMargin, traps.fast_followers, 150),
     (mutants.FollowsADelayedLeader, traps.late_heartbeats, 50),
+    (mutants.PromisesToAFormerLife, traps.reborn_leader, 100),
     (mutants.LeaseFromWhenTheAnswerCame, traps.late_answers, 10),
 ]
 

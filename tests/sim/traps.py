@@ -99,6 +99,27 @@ def late_heartbeats(seed: int, election: New = Election) -> None:
     recovers(world)
 
 
+def reborn_leader(seed: int, election: New = Election) -> None:
+    """A leader restarts with a reset clock and leads again, while copies of its former heartbeats still arrive."""
+    world = World(seed, 3, 3, election=election)
+    leader = settled(world)
+    leader.offset += 1000.0
+    watch(world, 1.0)
+    leader = settled(world)
+    world.weather.doubled, world.weather.slow_seconds = 1.0, 5.0
+    watch(world, 1.5)
+    world.weather.doubled = 0.0
+    world.crash(leader)
+    world.boot(leader)
+    for node in world.nodes.values():
+        world.hand(node, ev.SetPriority(1.0 if node is leader else 0.0))
+    watch(world, world.rng.uniform(2.5, 4.0))
+    for node in others(world, leader):
+        world.weather.cut |= {(leader.name, node.name), (node.name, leader.name)}
+    watch(world, 3.0)
+    recovers(world)
+
+
 def contest(seed: int, election: New = Election) -> None:
     """Everybody stands at once, with disks of different speed."""
     world = World(seed, 5, 5, election=election)
@@ -118,4 +139,4 @@ def recovers(world: World) -> None:
     world.must_recover()
 
 
-TRAPS = (fast_followers, deaf_voter, late_answers, late_heartbeats, contest)
+TRAPS = (fast_followers, deaf_voter, late_answers, late_heartbeats, reborn_leader, contest)

@@ -37,11 +37,12 @@ class Leading:
         """Keep exactly the voters of this document; a new one gets a full time-out to answer."""
         self.peers = {v: self.peers.get(v) or Peer(now) for v in document.everyone if v != self._self_id}
 
-    def replied(self, voter: str, accepted: Version, sent_at: float, now: float) -> None:
+    def replied(self, voter: str, accepted: Version, sent_at: float | None, now: float) -> None:
         peer = self.peers.get(voter)
         if peer is not None:
             peer.heard = now
-            peer.promised = max(peer.promised, sent_at)
+            if sent_at is not None:
+                peer.promised = max(peer.promised, sent_at)
             peer.accepted = max(peer.accepted, accepted)
 
     def woke_late(self, now: float) -> None:

@@ -314,7 +314,7 @@ class Election:
 
     def _on_append(self, message: Message, body: Append) -> None:
         if message.term < self.term or (self.leading is not None and message.term == self.term):
-            self.send(message.sender, AppendReply(body.sent_at, self.version))
+            self.send(message.sender, AppendReply(None, self.version))
             return
         if message.term > self.term:
             self._follow_term(message.term)

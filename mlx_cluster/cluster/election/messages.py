@@ -46,9 +46,13 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class AppendReply:
-    """``sent_at`` comes back unchanged; ``accepted`` is what the sender has on its disk."""
+    """``sent_at`` comes back unchanged; ``accepted`` is what the sender has on its disk.
 
-    sent_at: float
+    ``sent_at`` is None where the heartbeat was of an older term: it may come from a former life of the receiver, on
+    another clock, and nothing was promised for it.
+    """
+
+    sent_at: float | None
     accepted: Version
 
 
@@ -125,7 +129,9 @@ _BODIES: dict[str, Callable[[Mapping[str, Any]], Body]] = {
     "VoteRequest": lambda d: VoteRequest(version_from_json(d["version"]), bool(d["pre"]), bool(d["handed_over"])),
     "VoteReply": lambda d: VoteReply(bool(d["granted"]), bool(d["pre"]), _document(d)),
     "Append": lambda d: Append(float(d["sent_at"]), version_from_json(d["commit"]), _document(d)),
-    "AppendReply": lambda d: AppendReply(float(d["sent_at"]), version_from_json(d["accepted"])),
+    "AppendReply": lambda d: AppendReply(
+        None if d["sent_at"] is None else float(d["sent_at"]), version_from_json(d["accepted"])
+    ),
     "HandOver": lambda _: HandOver(),
     "RollCall": lambda _: RollCall(),
     "RollCallReply": lambda d: RollCallReply(int(d["seen"])),

@@ -132,7 +132,7 @@ BODIES = st.one_of(
     st.builds(ms.VoteRequest, VERSIONS, st.booleans(), st.booleans()),
     st.builds(ms.VoteReply, st.booleans(), st.booleans(), st.none() | DOCUMENTS),
     st.builds(ms.Append, TIMES, VERSIONS, st.none() | DOCUMENTS),
-    st.builds(ms.AppendReply, TIMES, VERSIONS),
+    st.builds(ms.AppendReply, st.none() | TIMES, VERSIONS),
     st.builds(ms.HandOver),
     st.builds(ms.RollCall),
     st.builds(ms.RollCallReply, st.integers(0, 2**60)),
@@ -370,7 +370,7 @@ def test_a_follower_that_wakes_late_waits_anew() -> None:
 def test_a_delayed_heartbeat_of_an_older_term_is_answered_with_the_newer_one() -> None:
     one = awake().hear("b:1", ms.Append(0.0, TRIO.version, TRIO.next(3)), term=3).synced()
     one.hear("c:1", ms.Append(0.0, TRIO.version, TRIO.next(2, body="old")), term=2)
-    assert [(m.receiver, m.term) for m in one.sent(ms.AppendReply)] == [("c:1", 3)]
+    assert [(m.receiver, m.term, m.body.sent_at) for m in one.sent(ms.AppendReply)] == [("c:1", 3, None)]
     assert one.election.leader == "b:1"
     assert one.election.document == TRIO.next(3)
 
