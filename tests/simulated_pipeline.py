@@ -6,7 +6,8 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mlx_cluster.engine.scheduler import Effect, Scheduler
+from mlx_cluster.engine.scheduler import Scheduler
+from mlx_cluster.engine.sequence import Effect
 from mlx_cluster.microbatch import Kind, Microbatch, Report, Sampled
 from mlx_cluster.request import SequenceRequest
 

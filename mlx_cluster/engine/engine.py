@@ -17,7 +17,8 @@ from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
 from mlx_cluster.engine.fill import Fill
-from mlx_cluster.engine.scheduler import Drew, Effect, Ended, Failed, Policy, Scheduler, Started
+from mlx_cluster.engine.scheduler import Scheduler
+from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Started
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
 from mlx_cluster.errors import ClusterError, ContextLengthExceeded, StageLost, StageStartError, Unavailable
 from mlx_cluster.microbatch import Kind, Microbatch, Report

@@ -13,102 +13,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from mlx_cluster.engine.prefix import PrefixIndex
-from mlx_cluster.errors import ClusterError, Overloaded, RowFailed
-from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Store
+from mlx_cluster.engine.prefix_book import PrefixBook
+from mlx_cluster.engine.sequence import (
+    Drew,
+    Effect,
+    Ended,
+    Failed,
+    Group,
+    InFlight,
+    Policy,
+    SequenceState,
+    Started,
+)
+from mlx_cluster.errors import Overloaded, RowFailed
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Bounds of one pipeline's scheduler.
-
-    ``num_groups`` answers how many groups to run for a number of decoding rows (see ``engine.fill``).
-    ``max_prompts`` is how many short prompts may share a microbatch.
-    """
-
-    num_stages: int
-    max_rows: int
-    max_queue: int
-    prefill_chunk: int
-    num_groups: Callable[[int], int]
-    max_prompts: int = 1
-
-
-# -- what the scheduler tells the engine ---------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The sequence got its row."""
-
-    sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drew:
-    sequence: int
-    token: Token
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    sequence: int
-    reason: FinishReason
-    completion_tokens: int
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    sequence: int
-    error: ClusterError
-
 
 # How much of a microbatch of several prompts must not be padding.
 MIN_DENSITY = 0.75
-# One pool of prefixes until requests carry their tenant.
-CACHE_SALT = ""
-
-Effect = Started | Drew | Ended | Failed
-
-
-# -- state ---------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    id: int
-    request: SequenceRequest
-    tokens: tuple[int, ...]  # what prefill must compute: prompt and already emitted ids
-    row: int = -1
-    prefilled: int = 0
-    emitted: list[int] = field(default_factory=list)  # new ones; those of the request are part of ``tokens``
-    entry: int | None = None  # the prefix entry that it started from
-    cached: int = 0  # how many tokens that saved
-    kept: list[int] = field(default_factory=list)  # entries made of its row
-    group: _Group | None = None
-
-    @property
-    def num_emitted(self) -> int:
-        return len(self.request.emitted) + len(self.emitted)
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    id: int
-    members: list[_Sequence] = field(default_factory=list)
-    in_flight: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    microbatch: Microbatch
-    sequences: tuple[_Sequence, ...]
-    group: _Group | None
 
 
 class Scheduler:
@@ -116,19 +41,16 @@ class Scheduler:
 
     def __init__(self, policy: Policy, prefix: PrefixIndex | None = None) -> None:
         self.policy = policy
-        self.prefix = prefix
-        self._waiting: deque[_Sequence] = deque()
-        self._prefilling: deque[_Sequence] = deque()
-        self._loose: deque[_Sequence] = deque()
-        self._groups: list[_Group] = []
-        self._ready: deque[_Group] = deque()
-        self._live: dict[int, _Sequence] = {}
-        self._rows: dict[int, _Sequence] = {}
-        self._in_flight: dict[int, _InFlight] = {}
+        self._book = PrefixBook(prefix)
+        self._waiting: deque[SequenceState] = deque()
+        self._prefilling: deque[SequenceState] = deque()
+        self._loose: deque[SequenceState] = deque()
+        self._groups: list[Group] = []
+        self._ready: deque[Group] = deque()
+        self._live: dict[int, SequenceState] = {}
+        self._rows: dict[int, SequenceState] = {}
+        self._in_flight: dict[int, InFlight] = {}
         self._release: list[int] = []
-        self._keep: list[tuple[_Sequence, tuple[int, ...]]] = []  # what the next microbatch shall store
-        self._store: list[Store] = []
-        self._evict: list[int] = []
         self._now = 0.0
         self._effects: list[Effect] = []
         self._next_sequence = 0
@@ -153,7 +75,7 @@ class Scheduler:
                 "come back later or raise it",
                 retry_after_seconds=2.0,
             )
-        sequence = _Sequence(self._next_sequence, request, request.prompt + request.emitted)
+        sequence = SequenceState(self._next_sequence, request, request.prompt + request.emitted)
         self._next_sequence += 1
         self._live[sequence.id] = sequence
         (self._waiting.appendleft if resumed else self._waiting.append)(sequence)
@@ -204,7 +126,7 @@ class Scheduler:
         for failure in failed:
             sequence = self._rows.get(failure.row)
             if sequence is not None:
-                self._disown(sequence)
+                self._book.disown(sequence)
                 self._end(sequence)
                 self._effects.append(Failed(sequence.id, RowFailed(failure.message)))
 
@@ -215,7 +137,7 @@ class Scheduler:
             sequence = self._rows.get(row)
             if sequence is None:
                 continue
-            self._disown(sequence)
+            self._book.disown(sequence)
             self._detach(sequence)
             sequence.prefilled = sequence.cached = 0
             sequence.entry = None
@@ -230,13 +152,13 @@ class Scheduler:
         if len(self._in_flight) >= self.credits:
             return None
         self._admit()
-        self._plan_stores()
+        self._book.plan_stores(now)
         if self._chunk_is_due():
             return self._chunk()
         decode = self._decode()
         if decode is not None:
             return decode
-        if (self._release or self._store or self._evict) and not self._in_flight:
+        if (self._release or self._book.has_orders) and not self._in_flight:
             return self._dispatch(Kind.CONTROL)
         return None
 
@@ -256,7 +178,9 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not (self._live or self._in_flight or self._release or self._store)
+        return not (
+            self._live or self._in_flight or self._release or (self._book is not None and self._book.has_orders)
+        )
 
     def tokens_of(self, row: int) -> tuple[int, ...]:
         """Prompt and output so far of a living row."""
@@ -271,7 +195,7 @@ class Scheduler:
             "groups": len(self._groups),
             "rows": len(self._rows),
             "in_flight": len(self._in_flight),
-            "prefix_entries": len(self.prefix) if self.prefix is not None else 0,
+            "prefix_entries": self._book.num_entries,
         }
 
     def audit(self) -> None:
@@ -303,7 +227,7 @@ class Scheduler:
             self._prefilling.append(sequence)
             self._effects.append(Started(sequence.id))
 
-    def _give_row(self, sequence: _Sequence) -> None:
+    def _give_row(self, sequence: SequenceState) -> None:
         sequence.row = self._next_row
         self._next_row += 1
         self._rows[sequence.row] = sequence
@@ -324,7 +248,7 @@ class Scheduler:
 
     def _chunk(self) -> Microbatch:
         sequence = self._prefilling[0]
-        loads = self._reuse(sequence)
+        loads = self._book.reuse(sequence, self._now)
         start = sequence.prefilled
         end = min(start + self.policy.prefill_chunk, len(sequence.tokens))
         if start == 0 and end == len(sequence.tokens):
@@ -344,7 +268,7 @@ class Scheduler:
             load=loads,
         )
         if last:
-            self._keep_prompt(sequence)
+            self._book.keep_prompt(sequence)
         return microbatch
 
     def _whole_prompts(self) -> Microbatch:
@@ -358,7 +282,7 @@ class Scheduler:
             padded = longest * (len(taken) + 1)
             if sequence.prefilled or padded > self.policy.prefill_chunk or total < MIN_DENSITY * padded:
                 break
-            if self._reuse(sequence, only_look=True):
+            if self._book.can_reuse(sequence, self._now):
                 break
             taken.append(self._prefilling.popleft())
         for sequence in taken:
@@ -373,52 +297,8 @@ class Scheduler:
             admit=tuple(_row_spec(sequence) for sequence in taken),
         )
         for sequence in taken:
-            self._keep_prompt(sequence)
+            self._book.keep_prompt(sequence)
         return microbatch
-
-    # -- prefix cache -----------------------------------------------------------------------------------
-
-    def _reuse(self, sequence: _Sequence, *, only_look: bool = False) -> tuple[Load, ...]:
-        """The entry that a fresh row can start from, if any."""
-        if self.prefix is None or sequence.prefilled:
-            return ()
-        hit = self.prefix.lookup(CACHE_SALT, sequence.tokens, self._now)
-        if hit is None:
-            return ()
-        if not only_look:
-            sequence.prefilled = sequence.cached = hit.length
-            sequence.entry = hit.entry
-        return (Load(sequence.row, hit.entry, hit.length),)
-
-    def _keep_prompt(self, sequence: _Sequence) -> None:
-        if self.prefix is not None:
-            self._keep.append((sequence, sequence.tokens))
-
-    def _keep_conversation(self, sequence: _Sequence) -> None:
-        """All but the last token, which was drawn and never computed."""
-        if self.prefix is not None:
-            self._keep.append((sequence, (*sequence.tokens, *sequence.emitted[:-1])))
-
-    def _disown(self, sequence: _Sequence) -> None:
-        """Its row is broken on some stage, so is every entry made of it, and the one it began with may be missing."""
-        self._keep = [item for item in self._keep if item[0] is not sequence]
-        self._store = [store for store in self._store if store.row != sequence.row]
-        entries = sequence.kept if sequence.entry is None else [*sequence.kept, sequence.entry]
-        self._evict += [entry for entry in entries if self.prefix is not None and self.prefix.forget(entry)]
-        sequence.kept = []
-
-    def _plan_stores(self) -> None:
-        """Name what is to be kept. Before any look-up for the same header, so that none finds what has to go for it."""
-        if self.prefix is None:
-            return
-        self._evict += self.prefix.expire(self._now)
-        for sequence, tokens in self._keep:
-            stored = self.prefix.store(CACHE_SALT, tokens, self._now)
-            if stored is not None:
-                self._store.append(Store(sequence.row, stored.entry))
-                sequence.kept.append(stored.entry)
-                self._evict += stored.evict
-        self._keep.clear()
 
     # -- decode ---------------------------------------------------------------------------------------
 
@@ -432,20 +312,20 @@ class Scheduler:
             self._balance(group, target)
             return self._step(group)
         if self._loose and len(self._groups) < target:
-            group = _Group(self._next_group)
+            group = Group(self._next_group)
             self._next_group += 1
             self._groups.append(group)
             self._balance(group, target)
             return self._step(group)
         return None
 
-    def _dissolve(self, group: _Group) -> None:
+    def _dissolve(self, group: Group) -> None:
         for sequence in group.members:
             sequence.group = None
         self._loose.extend(group.members)
         self._groups.remove(group)
 
-    def _balance(self, group: _Group, target: int) -> None:
+    def _balance(self, group: Group, target: int) -> None:
         """Bring a group that is at a border to its fair share: loose rows join, too many leave.
 
         A row leaves only when that evens out a difference of two or more, as every move copies its cache.
@@ -461,7 +341,7 @@ class Scheduler:
             sequence.group = None
             self._loose.append(sequence)
 
-    def _step(self, group: _Group) -> Microbatch:
+    def _step(self, group: Group) -> Microbatch:
         group.in_flight = True
         self._decodes_since_refill += 1
         return self._dispatch(
@@ -478,14 +358,15 @@ class Scheduler:
         self,
         kind: Kind,
         *,
-        sequences: tuple[_Sequence, ...] = (),
+        sequences: tuple[SequenceState, ...] = (),
         tokens: tuple[int, ...] = (),
         sample: bool = False,
-        group: _Group | None = None,
+        group: Group | None = None,
         admit: tuple[RowSpec, ...] = (),
         load: tuple[Load, ...] = (),
         lengths: tuple[int, ...] = (),
     ) -> Microbatch:
+        store, evict = self._book.take_orders()
         microbatch = Microbatch(
             id=self._next_microbatch,
             kind=kind,
@@ -496,18 +377,17 @@ class Scheduler:
             admit=admit,
             release=tuple(self._release),
             lengths=lengths,
-            store=tuple(self._store),
+            store=store,
             load=load,
-            evict=tuple(self._evict),
+            evict=evict,
         )
-        for done in (self._release, self._store, self._evict):
-            done.clear()
+        self._release.clear()
         self._granted = self.credits
         self._next_microbatch += 1
-        self._in_flight[microbatch.id] = _InFlight(microbatch, sequences, group)
+        self._in_flight[microbatch.id] = InFlight(microbatch, sequences, group)
         return microbatch
 
-    def _draw(self, sequence: _Sequence, token: Token) -> None:
+    def _draw(self, sequence: SequenceState, token: Token) -> None:
         sequence.emitted.append(token.token_id)
         self._effects.append(Drew(sequence.id, token))
         reason: FinishReason | None = None
@@ -516,11 +396,11 @@ class Scheduler:
         elif sequence.num_emitted >= sequence.request.max_tokens:
             reason = "length"
         if reason is not None:
-            self._keep_conversation(sequence)
+            self._book.keep_conversation(sequence)
             self._end(sequence)
             self._effects.append(Ended(sequence.id, reason, sequence.num_emitted, sequence.cached))
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: SequenceState) -> None:
         """Take a sequence out of wherever it is and let its row go with the next microbatch."""
         del self._live[sequence.id]
         if sequence.row < 0:
@@ -528,7 +408,7 @@ class Scheduler:
             return
         self._detach(sequence)
 
-    def _detach(self, sequence: _Sequence) -> None:
+    def _detach(self, sequence: SequenceState) -> None:
         """Out of its group or queue, and its row on the way out of the stages."""
         del self._rows[sequence.row]
         if sequence.prefilled > 0:  # the stages know the row only once a chunk went out
@@ -550,7 +430,7 @@ class Scheduler:
         return effects
 
 
-def _row_spec(sequence: _Sequence) -> RowSpec:
+def _row_spec(sequence: SequenceState) -> RowSpec:
     request = sequence.request
     history = sequence.tokens if request.sampling.needs_history else request.emitted if request.grammar else ()
     return RowSpec(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlx_cluster.engine.fill import Fill
 from mlx_cluster.engine.prefix import Limits, PrefixIndex
-from mlx_cluster.engine.scheduler import Drew, Ended, Failed, Policy, Scheduler, Started
+from mlx_cluster.engine.scheduler import Scheduler
+from mlx_cluster.engine.sequence import Drew, Ended, Failed, Policy, Started
 from mlx_cluster.errors import Overloaded, RowFailed
 from mlx_cluster.microbatch import FailedRow, Kind, Microbatch, Report
 from mlx_cluster.request import Sampling, SequenceRequest

@@ -1,0 +1,91 @@
+"""What the scheduler orders of the prefix cache: load with a row's first chunk; store and evict with any next header.
+
+Owns: the orders that wait for a header, and which entries were made of which row.
+Does not own: which entries exist and which go (``engine.prefix``).
+Invariant: stores are planned before look-ups for the same header, so nothing loads an entry that the header evicts; a
+row that broke on some stage leaves no entry behind.
+"""
+
+from __future__ import annotations
+
+from mlx_cluster.engine.prefix import Hit, PrefixIndex
+from mlx_cluster.engine.sequence import SequenceState
+from mlx_cluster.microbatch import Load, Store
+
+# One pool of prefixes until requests carry their tenant.
+_SALT = ""
+
+
+class PrefixBook:
+    """One per scheduler; without an index it never orders anything. ``now`` is in seconds of the engine's clock."""
+
+    def __init__(self, index: PrefixIndex | None) -> None:
+        self._index = index
+        self._keep: list[tuple[SequenceState, tuple[int, ...]]] = []
+        self._store: list[Store] = []
+        self._evict: list[int] = []
+
+    @property
+    def num_entries(self) -> int:
+        return len(self._index) if self._index is not None else 0
+
+    @property
+    def has_orders(self) -> bool:
+        return bool(self._store or self._evict)
+
+    def can_reuse(self, sequence: SequenceState, now: float) -> bool:
+        return self._look_up(sequence, now) is not None
+
+    def reuse(self, sequence: SequenceState, now: float) -> tuple[Load, ...]:
+        """Let a fresh row begin with the longest entry that fits, if any; the order to load it."""
+        hit = self._look_up(sequence, now)
+        if hit is None:
+            return ()
+        sequence.prefilled = sequence.cached = hit.length
+        sequence.entry = hit.entry
+        return (Load(sequence.row, hit.entry, hit.length),)
+
+    def keep_prompt(self, sequence: SequenceState) -> None:
+        """Its last chunk was sent: the next header finds exactly the prompt in the row's caches."""
+        self._keep_tokens(sequence, sequence.tokens)
+
+    def keep_conversation(self, sequence: SequenceState) -> None:
+        """It ended: all but the last token, which was drawn and never computed."""
+        self._keep_tokens(sequence, (*sequence.tokens, *sequence.emitted[:-1]))
+
+    def disown(self, sequence: SequenceState) -> None:
+        """Its row broke on some stage: so did every entry made of it, and the one it began with may be missing."""
+        self._keep = [item for item in self._keep if item[0] is not sequence]
+        self._store = [store for store in self._store if store.row != sequence.row]
+        entries = sequence.kept if sequence.entry is None else [*sequence.kept, sequence.entry]
+        self._evict += [entry for entry in entries if self._index is not None and self._index.forget(entry)]
+        sequence.kept = []
+
+    def plan_stores(self, now: float) -> None:
+        """Name what is to be kept, and what has to go for it."""
+        if self._index is None:
+            return
+        self._evict += self._index.expire(now)
+        for sequence, tokens in self._keep:
+            stored = self._index.store(_SALT, tokens, now)
+            if stored is not None:
+                self._store.append(Store(sequence.row, stored.entry))
+                sequence.kept.append(stored.entry)
+                self._evict += stored.evict
+        self._keep.clear()
+
+    def take_orders(self) -> tuple[tuple[Store, ...], tuple[int, ...]]:
+        """Stores and evictions for the header that leaves now."""
+        orders = tuple(self._store), tuple(self._evict)
+        self._store.clear()
+        self._evict.clear()
+        return orders
+
+    def _look_up(self, sequence: SequenceState, now: float) -> Hit | None:
+        if self._index is None or sequence.prefilled:
+            return None
+        return self._index.lookup(_SALT, sequence.tokens, now)
+
+    def _keep_tokens(self, sequence: SequenceState, tokens: tuple[int, ...]) -> None:
+        if self._index is not None:
+            self._keep.append((sequence, tokens))

@@ -1,0 +1,97 @@
+"""The values the scheduler works on: its policy, what it tells the engine, and the state of sequences and groups.
+
+Owns: nothing but these shapes. Does not own: any decision (``engine.scheduler``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mlx_cluster.errors import ClusterError
+from mlx_cluster.microbatch import Microbatch
+from mlx_cluster.request import FinishReason, SequenceRequest, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Bounds of one pipeline's scheduler.
+
+    ``num_groups`` answers how many groups to run for a number of decoding rows (see ``engine.fill``).
+    ``max_prompts`` is how many short prompts may share a microbatch.
+    """
+
+    num_stages: int
+    max_rows: int
+    max_queue: int
+    prefill_chunk: int
+    num_groups: Callable[[int], int]
+    max_prompts: int = 1
+
+
+# -- what the scheduler tells the engine ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The sequence got its row."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drew:
+    sequence: int
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    sequence: int
+    reason: FinishReason
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    sequence: int
+    error: ClusterError
+
+
+Effect = Started | Drew | Ended | Failed
+
+
+# -- state ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    id: int
+    request: SequenceRequest
+    tokens: tuple[int, ...]  # what prefill must compute: prompt and already emitted ids
+    row: int = -1
+    prefilled: int = 0
+    emitted: list[int] = field(default_factory=list)  # new ones; those of the request are part of ``tokens``
+    entry: int | None = None  # the prefix entry that it started from
+    cached: int = 0  # how many tokens that saved
+    kept: list[int] = field(default_factory=list)  # entries made of its row
+    group: Group | None = None
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.request.emitted) + len(self.emitted)
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    id: int
+    members: list[SequenceState] = field(default_factory=list)
+    in_flight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    microbatch: Microbatch
+    sequences: tuple[SequenceState, ...]
+    group: Group | None
