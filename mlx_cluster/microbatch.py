@@ -67,9 +67,10 @@ class Microbatch:
     So a store listed with the microbatch behind a prompt's last chunk keeps exactly the prompt, and one beside the
     release of its row what that row had. ``evict`` names entries to forget; an entry id is never reused in an epoch.
 
-    PREFILL: with one row ``tokens`` is its chunk, and the row's own cache grows by ``len(tokens)``. With several, which
-    must be fresh (no cache yet), ``tokens`` holds their tokens one after the other, unpadded, and ``lengths`` how many
-    each has; the hidden state is as wide as the longest, with anything behind a shorter row's end.
+    PREFILL: with one row ``tokens`` is its chunk, and the row's own cache grows by ``len(tokens)``. With several
+    ``tokens`` holds their chunks one after the other, unpadded, and ``lengths`` how many tokens each has; the hidden
+    state is as wide as the longest, with anything behind a shorter row's end. Rows that begin here run as one batch
+    where the slice can; those that have positions already (another chunk, a loaded entry) run one after the other.
     DECODE: ``rows`` lists *all* rows of ``group`` in batch order, ``tokens`` the last token of each. A row that was
     elsewhere (its prefill cache, another group) joins; a row that is no longer listed leaves and is kept aside until
     it is listed again or released.

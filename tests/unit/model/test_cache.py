@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mlx_cluster.model import cache as row_cache
-from mlx_cluster.model.cache import Caches, Group
+from mlx_cluster.model.cache import Caches, Cost, Group
 
 
 def append(caches: Caches, values: list[int]) -> None:
@@ -94,3 +96,82 @@ def test_stand_ins_count_positions_like_the_caches_they_stand_for() -> None:
     assert batch[0].offset.tolist() == [6, 6]
     # A used cache of this kind has no mask of its own; neither may its stand-in.
     assert batch[2].make_mask(1) is None
+
+
+def grown(cache: Any, values: Sequence[int]) -> Any:
+    """One position after the other, as a decode does; an ``ArraysCache`` remembers the last two."""
+    for value in values:
+        if isinstance(cache, CacheList):
+            for part in cache.caches:
+                grown(part, [value])
+        elif isinstance(cache, ArraysCache):
+            cache[0], cache[1] = cache[1], mx.array([[value]])
+        else:
+            keys = mx.full((1, 1, 1, 64), value, dtype=mx.float32)
+            cache.update_and_fetch(keys, keys)
+    return cache
+
+
+def remembered(cache: Any) -> Any:
+    if isinstance(cache, CacheList):
+        return [remembered(part) for part in cache.caches]
+    if isinstance(cache, ArraysCache):
+        return [array if array is None else array.item() for array in cache.cache]
+    keys = cache.keys_and_values()[0]
+    keys = mx.dequantize(*keys, group_size=64, bits=8) if isinstance(cache, QuantizedKVCache) else keys
+    return sorted(round(value) for value in keys[0, 0, :, 0].tolist())
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "kv": KVCache,
+    "quantized": QuantizedKVCache,
+    "window": lambda: RotatingKVCache(4),
+    "arrays": lambda: ArraysCache(2),
+    "list": lambda: CacheList(KVCache(), ArraysCache(2)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 3, 4, 9])
+def test_a_copy_and_its_original_know_nothing_of_each_other(kind: str, length: int) -> None:
+    original = grown(KINDS[kind](), range(length))
+    (copy,) = row_cache.copied([original])
+    (second,) = row_cache.copied([copy])
+    assert remembered(copy) == remembered(original)
+    grown(original, [50, 51])
+    grown(copy, [60])
+    assert remembered(second) == remembered(grown(KINDS[kind](), range(length)))
+    assert remembered(original) == remembered(grown(KINDS[kind](), [*range(length), 50, 51]))
+    assert remembered(copy) == remembered(grown(KINDS[kind](), [*range(length), 60]))
+
+
+@pytest.mark.parametrize(("kind", "length"), [("kv", 9), ("quantized", 9), ("window", 3)])
+def test_a_copy_may_be_shorter(kind: str, length: int) -> None:
+    original = grown(KINDS[kind](), range(length))
+    assert row_cache.can_cut([original])
+    (copy,) = row_cache.copied([original], without=2)
+    assert remembered(copy) == list(range(length - 2))
+    assert copy.nbytes < original.nbytes
+    assert remembered(grown(copy, [70])) == [*range(length - 2), 70]
+    assert remembered(original) == list(range(length))
+
+
+def test_which_caches_can_be_cut() -> None:
+    """A window until it has slid, which only a look at the row's own can tell; never a recurrent state."""
+    assert row_cache.always_cuts([KVCache(), CacheList(KVCache(), QuantizedKVCache())])
+    assert not row_cache.always_cuts([KVCache(), RotatingKVCache(4)])
+    for kind, length in (("window", 4), ("window", 9), ("arrays", 3), ("list", 3)):
+        assert not row_cache.can_cut([grown(KINDS[kind](), range(length))])
+
+
+def test_a_copy_takes_no_more_than_it_holds() -> None:
+    original = grown(KVCache(), range(3))
+    assert original.nbytes == 2 * 256 * 64 * 4
+    assert row_cache.num_bytes(row_cache.copied([original])) == 2 * 3 * 64 * 4
+
+
+def test_the_cost_of_a_row_tells_what_grows_from_what_does_not() -> None:
+    per_position = 2 * 64 * 4
+    assert row_cache.cost([grown(KVCache(), [1, 2])]) == Cost(0, per_position)
+    assert row_cache.cost([grown(RotatingKVCache(100), [1, 2])]) == Cost(100 * per_position, 0)
+    assert row_cache.cost([grown(KINDS["list"](), [1, 2])]) == Cost(2 * 4, per_position)
