@@ -8,16 +8,17 @@ Invariant: what ``check`` lets pass, llguidance can parse; nothing here needs a 
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.request import Grammar
 
 # A grammar travels to every stage with its row's first header, and is compiled once for each row.
-MAX_SOURCE_BYTES = 256 * 1024
+MAX_SOURCE_BYTES = 128 * 1024
 MAX_DEPTH = 64
 MAX_CHOICES = 512
 
@@ -64,27 +65,53 @@ def json_rule(schema: Any) -> str:
     return "%json " + json.dumps(with_style(schema), ensure_ascii=False)
 
 
-def check(grammar: Grammar, param: str) -> None:
-    """Raise ``InvalidRequest`` with the reason when a grammar cannot be served. ``param`` is the client's name for it.
+def check_bounds(grammar: Grammar, param: str) -> None:
+    """Raise ``InvalidRequest`` for a source that is too large or no JSON: what can be told at once.
 
-    Takes milliseconds for a large schema: keep that off an event loop.
+    ``param`` is the client's name for the grammar.
     """
-    size = len(grammar.source.encode())
+    size = len(grammar.source.encode("utf-8", "replace"))
     if size > MAX_SOURCE_BYTES:
         raise _invalid(f"it has {size} bytes, {MAX_SOURCE_BYTES} are possible: make it smaller", param)
     try:
         if grammar.kind in ("json_schema", "choice") and (depth := _depth(json.loads(grammar.source))) > MAX_DEPTH:
             raise _invalid(f"it is nested {depth} levels deep, {MAX_DEPTH} are possible: flatten it", param)
-        source = to_llguidance(grammar)
     except (ValueError, RecursionError) as error:
+        raise _invalid(str(error), param) from None
+
+
+def check(grammar: Grammar, param: str) -> None:
+    """Raise ``InvalidRequest`` with the reason when a grammar cannot be served.
+
+    It is compiled for this, which takes up to a second for the largest ones: keep it off an event loop.
+    """
+    check_bounds(grammar, param)
+    try:
+        source = to_llguidance(grammar)
+        source.encode()  # JSON may name half a character, which no text can hold
+    except ValueError as error:
         raise _invalid(str(error), param) from None
     is_error, messages = LLMatcher.validate_grammar_with_warnings(source)
     if is_error:
-        raise _invalid(" ".join(messages[0].split())[:500], param)
+        raise _invalid(messages[0], param)
+    if grammar.kind == "llguidance":
+        return  # it may name tokens of the model by their ids, which only the model's tokenizer has
+    matcher = LLMatcher(_bytes_alone(), source, log_level=0)
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        reason = matcher.get_error().partition("<state>")[0].strip()
+        raise _invalid("nothing follows it" if reason.startswith("NoExtension") else reason, param)
+
+
+@functools.cache
+def _bytes_alone() -> LLTokenizer:
+    """A tokenizer of 256 bytes: enough to see whether a grammar comes to anything."""
+    return LLTokenizer("byte")
 
 
 def _invalid(reason: str, param: str) -> InvalidRequest:
-    return InvalidRequest(f"{param} cannot be served: {reason}", param=param, code="invalid_grammar")
+    shown = " ".join(reason.encode("utf-8", "replace").decode().split())[:500]
+    return InvalidRequest(f"{param} cannot be served: {shown}", param=param, code="invalid_grammar")
 
 
 def _depth(value: Any) -> int:

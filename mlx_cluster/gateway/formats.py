@@ -95,7 +95,7 @@ def grammar_of(body: Structured, response_format: ResponseFormat | None = None) 
     if not found:
         return None, "response_format"
     wanted, param = found[0]
-    grammar.check(wanted, param)
+    grammar.check_bounds(wanted, param)  # the rest takes longer: ``prepare`` does it, off the event loop
     return wanted, param
 
 

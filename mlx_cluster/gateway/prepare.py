@@ -162,10 +162,12 @@ async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Cata
             structured.check_tools(
                 tools, lambda index: tools[index].schema_field or f"tools[{index}].function.parameters"
             )
+        if ask.grammar is not None:
+            grammar.check(ask.grammar, ask.grammar_field)
         main = None if required else ask.grammar
         opened = shape.begins_in_reasoning
         whole = structured.compose(main, use, shape.reasoning, opened=opened, special_id=tokenizer.special_id)
-        if whole is not None:
+        if whole is not None and whole is not ask.grammar:
             grammar.check(whole, field)
         return whole
 

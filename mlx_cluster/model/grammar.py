@@ -12,6 +12,7 @@ a second, a large schema tens of milliseconds. llguidance lets other Python thre
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from mlx_cluster.request import Grammar
 
 # What a row's first mask waits for at most; a grammar within the bounds takes far less.
 COMPILE_SECONDS = 30.0
+# Compiled grammars that are kept: choices of one request share theirs, and clients send the same schema again.
+MAX_KEPT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._tokenizer: Future[LLTokenizer] | None = None
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # belongs to the thread
 
     def warm_up(self) -> None:
         """Begin to load the tokenizer, without waiting for it."""
@@ -56,8 +60,21 @@ class Grammars:
         self.warm_up()
         assert self._tokenizer is not None
         tokenizer = self._tokenizer
-        compiled = self._thread.submit(lambda: _compile(tokenizer.result(), grammar, emitted))
+        compiled = self._thread.submit(lambda: self._compile(tokenizer.result(), grammar, emitted))
         return RowGrammar(compiled, tuple(stop_token_ids))
+
+    def _compile(self, tokenizer: LLTokenizer, grammar: Grammar, emitted: Sequence[int]) -> _Compiled:
+        """A matcher of the row's own. Raises ``ValueError``."""
+        made = self._compiled.pop(grammar, None) or LLMatcher(tokenizer, to_llguidance(grammar), log_level=0)
+        if made.is_error():
+            raise ValueError(made.get_error())
+        self._compiled[grammar] = made
+        while len(self._compiled) > MAX_KEPT:
+            self._compiled.popitem(last=False)
+        matcher = made.deep_copy()
+        if not matcher.consume_tokens(list(emitted)):
+            raise ValueError(matcher.get_error() or "what was emitted already does not follow it")
+        return _Compiled(matcher, tokenizer.vocab_size, tuple(tokenizer.eos_tokens))
 
 
 class RowGrammar:
@@ -100,14 +117,6 @@ class RowGrammar:
             raise RowFailed(f"the grammar was not compiled within {COMPILE_SECONDS:g} s: make it smaller") from None
         except (ValueError, CheckpointError) as error:
             raise RowFailed(f"the grammar cannot be compiled: {error}") from None
-
-
-def _compile(tokenizer: LLTokenizer, grammar: Grammar, emitted: Sequence[int]) -> _Compiled:
-    """Raises ``ValueError``."""
-    matcher = LLMatcher(tokenizer, to_llguidance(grammar), log_level=0)
-    if matcher.is_error() or not matcher.consume_tokens(list(emitted)):
-        raise ValueError(matcher.get_error() or "what was emitted already does not follow it")
-    return _Compiled(matcher, tokenizer.vocab_size, tuple(tokenizer.eos_tokens))
 
 
 def _load_tokenizer(model_dir: Path, vocab_size: int) -> LLTokenizer:
