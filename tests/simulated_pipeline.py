@@ -78,7 +78,7 @@ class SimulatedPipeline:
         self.pump()
         return True
 
-    def run(self, max_steps: int = 1_000_000) -> None:
+    def run(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):
             if not self.step():
                 return

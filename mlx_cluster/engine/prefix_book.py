@@ -82,7 +82,7 @@ class PrefixBook:
         return orders
 
     def _look_up(self, sequence: SequenceState, now: float) -> Hit | None:
-        if self._index is None or sequence.prefilled:
+        if self._index is None or sequence.prefilled or not sequence.may_reuse:
             return None
         return self._index.lookup(_SALT, sequence.tokens, now)
 

@@ -140,7 +140,7 @@ class Scheduler:
             self._book.disown(sequence)
             self._detach(sequence)
             sequence.prefilled = sequence.cached = 0
-            sequence.entry = None
+            sequence.entry, sequence.may_reuse = None, False  # once is enough: two such rows could chase each other
             self._give_row(sequence)
             self._prefilling.appendleft(sequence)
             restarted += 1
@@ -178,9 +178,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not (
-            self._live or self._in_flight or self._release or (self._book is not None and self._book.has_orders)
-        )
+        return not (self._live or self._in_flight or self._release or self._book.has_orders)
 
     def tokens_of(self, row: int) -> tuple[int, ...]:
         """Prompt and output so far of a living row."""

@@ -75,6 +75,7 @@ class SequenceState:
     emitted: list[int] = field(default_factory=list)  # new ones; those of the request are part of ``tokens``
     entry: int | None = None  # the prefix entry that it started from
     cached: int = 0  # how many tokens that saved
+    may_reuse: bool = True
     kept: list[int] = field(default_factory=list)  # entries made of its row
     group: Group | None = None
 
