@@ -21,7 +21,7 @@ from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.splitter import PLAIN, Shape
 from mlx_cluster.request import Engine, Grammar, SequenceRequest, ServedModel
 from mlx_cluster.tokenizer import Tokenizer
-from mlx_cluster.tokenizer.tools import JSON_FORMAT, teach
+from mlx_cluster.tokenizer.tools import JSON_FORMAT, teach, with_short_ids
 
 # Without max_tokens an answer may take what is left of the context, but an engine promises memory for all of it:
 # beyond this a client must say that it wants more.
@@ -112,6 +112,8 @@ def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenize
             messages = teach(messages, tools)
     elif tools:
         values["tools"] = tools
+    if tokenizer.tool_format is not None and tokenizer.tool_format.name == "mistral":
+        messages = with_short_ids(messages)
     text = tokenizer.chat_text(messages, continues=ask.continues, **values)
     opened = tokenizer.reasoning is not None and tokenizer.reasoning.opened_by(text)
     return tokenizer.encode(text, add_special_tokens=False), opened

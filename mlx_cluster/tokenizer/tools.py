@@ -11,6 +11,7 @@ unknown here, gets a system instruction instead, and calls are JSON between ``<t
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -22,6 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cluster.errors import CheckpointError
+
+# What parsers raise for text that they did not foresee; the last two for text that is nested too deep.
+_NO_CALL = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    SyntaxError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +62,9 @@ class ToolFormat:
         """The calls in ``text``, which stood between the markers. Raises ``ValueError`` when it is none."""
         try:
             found = self.read(text, list(tools))
-        except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, ArithmeticError) as error:
+            return [_call(item) for item in (found if isinstance(found, list) else [found])]
+        except _NO_CALL as error:
             raise ValueError(f"no tool call: {error}") from error
-        return [_call(item) for item in (found if isinstance(found, list) else [found])]
 
 
 def _call(item: Any) -> ParsedCall:
@@ -128,6 +141,21 @@ To call one, answer with a JSON object of its name and arguments between these t
 {{"name": "NAME", "arguments": {{…}}}}
 </tool_call>
 The results come back between <tool_response> and </tool_response>."""
+
+
+def with_short_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with ids of nine letters and digits, the only ones that Mistral's templates take."""
+
+    def short(id_: Any) -> str:
+        return hashlib.blake2b(str(id_).encode(), digest_size=8).hexdigest()[:9]
+
+    told = [dict(message) for message in messages]
+    for message in told:
+        if "tool_call_id" in message:
+            message["tool_call_id"] = short(message["tool_call_id"])
+        if "tool_calls" in message:
+            message["tool_calls"] = [{**call, "id": short(call.get("id"))} for call in message["tool_calls"]]
+    return told
 
 
 def teach(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
