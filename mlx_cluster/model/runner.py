@@ -145,7 +145,8 @@ class SliceRunner:
             step = Microbatch(0, Kind.DECODE, rows=rows, tokens=(0, 0), group=_WARM_UP_GROUP, sample=True)
             self.submit(step, self._blank_frame(step)).wait()
         self.submit(Microbatch(0, Kind.CONTROL, release=rows), None).wait()
-        logger.debug("warm", can_trim=self.can_trim, shares_prompts=self._shares_prompts, row_cost=self.row_cost)
+        shares = self._shares_prompts  # tried now: it runs, and so compiles, what several prompts at once need
+        logger.debug("the slice is warm", shares_prompts=shares, can_trim=self.can_trim, row_cost=self.row_cost)
         mx.clear_cache()
 
     # -- microbatches --------------------------------------------------------------------------------
