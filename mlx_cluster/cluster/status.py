@@ -20,9 +20,9 @@ PipelineState = Literal["loading", "ready", "failed"]
 class ModelFacts:
     """A model that this node can load from its own disk, and what its parts weigh.
 
-    ``layer_bytes`` has one entry per layer; ``embed_bytes`` rests on the first stage (with ``tied`` on the last one too,
-    with ``embedding_everywhere`` on all), ``head_bytes`` (final norm and head) on the last one. ``legal_cuts`` are the
-    layers at which a stage may start. ``kv_bytes_per_token`` is for one layer.
+    ``layer_bytes`` has one entry per layer; ``embed_bytes`` rests on the first stage (with ``tied`` on the last one
+    too, with ``embedding_everywhere`` on all), ``head_bytes`` (final norm and head) on the last one. ``legal_cuts`` are
+    the layers at which a stage may start. ``kv_bytes_per_token`` is for one layer.
     ``dense_ratio`` says how much more the weights take in this node's memory than on its disk, ``least_ratio`` the same
     when memory is short and quantized weights stay packed.
     """

@@ -83,6 +83,15 @@ class NetworkSection(Section):
     insecure: bool = False  # allow non-loopback addresses without authentication and TLS
 
 
+class PrefixCacheSection(Section):
+    """Keys and values of earlier prompts and answers, kept on every stage for prompts that begin alike."""
+
+    enabled: bool = True
+    max_bytes: MemoryAmount = "1GB"  # on each stage
+    ttl_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    min_tokens: Annotated[int, Field(ge=1)] = 32  # shorter common beginnings are computed again
+
+
 class RuntimeSection(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     dequantize: Literal["auto", "always", "never"] = "auto"
@@ -90,12 +99,14 @@ class RuntimeSection(Section):
     threads: Annotated[int, Field(ge=1)] = 1  # BLAS threads per stage process
     load_timeout: Annotated[float, Field(gt=0)] = 600.0
     hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
+    prefix_cache: PrefixCacheSection = PrefixCacheSection()
 
 
 class SchedulerSection(Section):
     max_rows: Annotated[int, Field(ge=1, le=1024)] = 64  # sequences decoding at once in a pipeline
     max_queue: Annotated[int, Field(ge=0)] = 256
     prefill_chunk: Annotated[int, Field(ge=1, le=8192)] = 256  # tokens
+    max_prompts: Annotated[int, Field(ge=1, le=256)] = 16  # short prompts that may share a chunk
     max_groups: Annotated[int, Field(ge=1, le=64)] | None = None  # default: one per stage, plus one
 
 

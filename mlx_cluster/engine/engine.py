@@ -17,6 +17,7 @@ from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
 from mlx_cluster.engine.fill import Fill
+from mlx_cluster.engine.prefix import Limits, PrefixIndex
 from mlx_cluster.engine.scheduler import Scheduler
 from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Started
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
@@ -61,6 +62,7 @@ class PipelineEngine:
         *,
         max_context: int,
         report_deadline_seconds: float,
+        prefix: Limits | None = None,
     ) -> None:
         self.plan = plan
         self.epoch = epoch
@@ -76,7 +78,9 @@ class PipelineEngine:
                 max_queue=settings.max_queue,
                 prefill_chunk=settings.prefill_chunk,
                 num_groups=self._fill.num_groups,
-            )
+                max_prompts=settings.max_prompts,
+            ),
+            PrefixIndex(prefix) if prefix is not None else None,
         )
         self._clients: dict[int, _Client] = {}
         self._trips: dict[int, _Trip] = {}

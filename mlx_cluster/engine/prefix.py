@@ -19,6 +19,15 @@ BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
+class RowCost:
+    """What a row takes on one stage, as that stage measured it, and whether its caches can be cut."""
+
+    bytes_per_position: int
+    fixed_bytes: int
+    can_trim: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """``max_bytes`` on one stage; an entry of n positions costs ``fixed_bytes + n * bytes_per_position`` there."""
 

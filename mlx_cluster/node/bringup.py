@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.status import PipelineState, PipelineStatus
+from mlx_cluster.engine.prefix import RowCost
 from mlx_cluster.errors import ClusterError, LinkUnavailable, StageLost, Unavailable
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.request import Engine
@@ -64,7 +65,7 @@ class Timing:
     settled_seconds: float = 60.0  # a pipeline that was ready this long starts its pauses anew
 
 
-EngineMaker = Callable[[Plan, Epoch, Sequence[str]], DrivenEngine]
+EngineMaker = Callable[[Plan, Epoch, Sequence[str], Sequence[RowCost]], DrivenEngine]
 # (plan, kind → why its bring-up failed) → the plan with the transport to try; raises ``LinkUnavailable``
 TransportChoice = Callable[[Plan, Mapping[str, str]], Plan]
 
@@ -149,7 +150,9 @@ class PipelineDriver:
             mlx_addresses = [progress.mlx_address for progress in loaded]
             await _all(self._link(plan, stage.index, epoch, addresses, mlx_addresses) for stage in plan.stages)
             self._tell("loading", "sending the first token")
-            engine = self._engine = self._make_engine(plan, epoch, addresses)
+            engine = self._engine = self._make_engine(
+                plan, epoch, addresses, [_row_cost(progress) for progress in loaded]
+            )
             await engine.start(self._timing.link_seconds)
             await engine.canary(self._timing.canary_seconds)
         except ClusterError:
@@ -249,6 +252,10 @@ class PipelineDriver:
         if state == "failed":
             _log.error("pipeline failed", pipeline=self.plan.pipeline, epoch=str(self._status.epoch), reason=detail)
         self._on_change()
+
+
+def _row_cost(progress: cluster_pb2.StageProgress) -> RowCost:
+    return RowCost(progress.kv_bytes_per_position, progress.kv_fixed_bytes, progress.can_trim)
 
 
 async def _until_lost(engine: DrivenEngine) -> None:

@@ -14,8 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from mlx_cluster import log
 from mlx_cluster.config.load import Loaded
-from mlx_cluster.config.schema import Settings
+from mlx_cluster.config.quantity import parse_bytes
+from mlx_cluster.config.schema import PrefixCacheSection, Settings
 from mlx_cluster.engine.engine import PipelineEngine
+from mlx_cluster.engine.prefix import Limits, RowCost
 from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
 from mlx_cluster.node.identity import Identity, identify
@@ -112,7 +114,7 @@ def stage_starter(settings: Settings) -> StageStarter:
 def engine_maker(settings: Settings, models: LocalModels) -> EngineMaker:
     """Real engines."""
 
-    def make(plan: Plan, epoch: Epoch, stage_addresses: Sequence[str]) -> DrivenEngine:
+    def make(plan: Plan, epoch: Epoch, stage_addresses: Sequence[str], row_costs: Sequence[RowCost]) -> DrivenEngine:
         local = models.get(plan.model.id)
         assert local is not None, "stage 0 of this plan was started from this node's own directory"
         return PipelineEngine(
@@ -122,6 +124,21 @@ def engine_maker(settings: Settings, models: LocalModels) -> EngineMaker:
             settings.scheduler,
             max_context=local.facts.max_context,
             report_deadline_seconds=settings.runtime.hang_timeout,
+            prefix=prefix_limits(settings.runtime.prefix_cache, row_costs),
         )
 
     return make
+
+
+def prefix_limits(section: PrefixCacheSection, row_costs: Sequence[RowCost]) -> Limits | None:
+    """Bounds of the prefix cache on the stage where an entry takes the most; None when it is switched off."""
+    if not section.enabled or not row_costs:
+        return None
+    return Limits(
+        max_bytes=parse_bytes(section.max_bytes),
+        bytes_per_position=max(cost.bytes_per_position for cost in row_costs),
+        fixed_bytes=max(cost.fixed_bytes for cost in row_costs),
+        ttl_seconds=section.ttl_seconds,
+        min_tokens=section.min_tokens,
+        can_trim=all(cost.can_trim for cost in row_costs),
+    )

@@ -148,6 +148,9 @@ class StageHost:
                 total_bytes=held.total_bytes,
                 address=f"{self._advertised_host}:{event.address.rpartition(':')[2]}",
                 mlx_address=f"{self._mlx_host}:{held.lease.port}" if held.lease else "",
+                can_trim=event.can_trim,
+                kv_bytes_per_position=event.kv_bytes_per_position,
+                kv_fixed_bytes=event.kv_fixed_bytes,
             )
         except ClusterError as error:
             self._fail(held, str(error))

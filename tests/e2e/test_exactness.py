@@ -13,8 +13,9 @@ import pytest
 
 from mlx_cluster.config.schema import RuntimeSection, SchedulerSection
 from mlx_cluster.engine.engine import PipelineEngine
+from mlx_cluster.engine.prefix import Limits
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment, ranges_from_counts
-from mlx_cluster.request import Sampling, SequenceRequest, Token
+from mlx_cluster.request import Finished, Sampling, SequenceRequest, Token
 from mlx_cluster.stage.device import DeviceThread
 from mlx_cluster.stage.process import StageProcess
 from mlx_cluster.stage.service import StageService
@@ -74,9 +75,14 @@ def spec_of(plan: Plan, index: int, model_dir: Path, dequantize: str = "auto") -
 
 @asynccontextmanager
 async def engine_over(plan: Plan, addresses: list[str]) -> AsyncIterator[PipelineEngine]:
-    settings = SchedulerSection(prefill_chunk=CHUNK)
     engine = PipelineEngine(
-        plan, EPOCH, addresses, settings, max_context=4096, report_deadline_seconds=PATIENCE_SECONDS
+        plan,
+        EPOCH,
+        addresses,
+        SchedulerSection(prefill_chunk=CHUNK),
+        max_context=4096,
+        report_deadline_seconds=PATIENCE_SECONDS,
+        prefix=Limits(max_bytes=10_000_000, bytes_per_position=1000, min_tokens=4),
     )
     try:
         await engine.start(PATIENCE_SECONDS)
@@ -150,16 +156,23 @@ def free_addresses(count: int) -> list[str]:
 
 
 async def tokens_of(engine: PipelineEngine, reference: Reference) -> tuple[int, ...]:
-    request = SequenceRequest("r", "tiny", reference.prompt, NUM_TOKENS, Sampling(temperature=0.0))
-    return tuple([e.token_id async for e in engine.generate(request) if isinstance(e, Token)])
+    return tuple([e.token_id async for e in engine.generate(request_of(reference)) if isinstance(e, Token)])
+
+
+def request_of(reference: Reference) -> SequenceRequest:
+    return SequenceRequest("r", "tiny", reference.prompt, NUM_TOKENS, Sampling(temperature=0.0))
 
 
 async def check(engine: PipelineEngine, references: list[Reference]) -> None:
-    """One alone, then eight at once."""
+    """One alone, then eight at once, then again from the prefix cache."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         assert await tokens_of(engine, references[0]) == references[0].tokens
         answers = await asyncio.gather(*(tokens_of(engine, reference) for reference in references))
         assert answers == [reference.tokens for reference in references]
+        again = [[e async for e in engine.generate(request_of(reference))] for reference in references]
+        assert [tuple(e.token_id for e in events if isinstance(e, Token)) for events in again] == answers
+        assert sum(e.cached_tokens for events in again for e in events if isinstance(e, Finished)) > 100
+        assert engine.statistics()["prefix_fallbacks"] == 0
 
 
 @pytest.mark.parametrize("split", list(SPLITS))

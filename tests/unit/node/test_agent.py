@@ -88,7 +88,7 @@ class Node:
         self.stages.append(ScriptedStage(spec, on_exit))
         return self.stages[-1]
 
-    def make_engine(self, plan: Plan, epoch: Epoch, addresses: Sequence[str]) -> ScriptedEngine:
+    def make_engine(self, plan: Plan, epoch: Epoch, addresses: Sequence[str], _costs: object) -> ScriptedEngine:
         self.engines.append(ScriptedEngine(plan, epoch, addresses))
         return self.engines[-1]
 

@@ -70,7 +70,7 @@ class World:
         self.epoch = Epoch(self.epoch.version, self.epoch.incarnation + 1)
         return self.epoch
 
-    def make_engine(self, value: Plan, epoch: Epoch, addresses: Sequence[str]) -> FakeEngine:
+    def make_engine(self, value: Plan, epoch: Epoch, addresses: Sequence[str], _costs: object) -> FakeEngine:
         assert list(addresses) == [f"node{s.node_id}:1" for s in value.stages]
         self.engines.append(FakeEngine(self, epoch))
         return self.engines[-1]
