@@ -5,18 +5,30 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: up test check bench proto clean
+.PHONY: up test sim sim-short check bench proto clean
 
 up: $(STAMP)
 	@exec $(BIN)/mlx-cluster up $(ARGS)
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/sim $(ARGS)
+
+# Seeded histories of the election under faults; a failing one prints its seed, --only SEED repeats it.
+sim: $(DEV_STAMP)
+	$(BIN)/python -m tests.sim.run --histories 20000 --processes 2 $(ARGS)
+
+sim-short: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/sim $(ARGS)
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(DEV_STAMP)
+	$(BIN)/python benchmarks/hop.py --json .run/hop.json
+	$(BIN)/python benchmarks/fill.py --json .run/fill.json
+	$(BIN)/python benchmarks/peers.py --scenario quantized dense defaults prefill --json .run/peers.json
 
 proto: $(DEV_STAMP)
 	$(BIN)/python proto/generate.py
