@@ -120,9 +120,9 @@ def _parts(caches: Iterable[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows that go through the slice in one call; ``rows`` are indices into the group.
+    """Rows that go through the slice in one call; ``rows`` are indices into those of the group or microbatch.
 
-    ``lengths`` says how many positions each has where that differs.
+    ``lengths`` says how many positions each has, where several prompts are padded to the longest.
     """
 
     rows: Sequence[int]

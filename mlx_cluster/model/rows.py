@@ -1,18 +1,31 @@
-"""What a stage remembers of one row besides its group's arrangement.
+"""The rows of a stage: where each is, what its draws depend on, and what a header does to rows before its forward pass.
 
-Owns: a row's place, its length and what its next draw depends on.
+Owns: the rows, their groups and the entries of the prefix cache.
+Does not own: the forward pass (``model.runner``), a group's batch (``model.cache``), an entry's data
+(``model.prefix``).
 Invariant: a row is in one place at most: its own caches, or a group.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mlx_cluster.microbatch import RowSpec
-from mlx_cluster.model.cache import Caches
-from mlx_cluster.model.grammar import RowGrammar
+from mlx_cluster import log
+from mlx_cluster.microbatch import Kind, Load, Microbatch, RowSpec, Store
+from mlx_cluster.model import cache as row_cache
+from mlx_cluster.model import sampling
+from mlx_cluster.model.cache import Caches, Group
+from mlx_cluster.model.grammar import Grammars, RowGrammar
+from mlx_cluster.model.prefix import Entries
 from mlx_cluster.model.sampling import Draw
+from mlx_cluster.model.slice import ModelSlice
+
+# What a device that is out of memory, or a model's own code, may raise.
+COMPUTE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
+
+logger = log.get("model.rows")
 
 
 @dataclass(slots=True)
@@ -48,3 +61,132 @@ class Row:
         if self.spec.sampling.needs_history:
             self.seen[token] += 1
             self.emitted[token] += 1
+
+
+class Rows:
+    """All rows of a slice, by id."""
+
+    def __init__(self, part: ModelSlice, grammars: Grammars | None) -> None:
+        self._part, self._grammars = part, grammars
+        self._rows: dict[int, Row] = {}
+        self._groups: dict[int, Group] = {}
+        self.entries = Entries()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Row:
+        return self._rows[row]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the caches of all rows take."""
+        own = sum(row_cache.num_bytes(row.caches) for row in self._rows.values() if row.caches is not None)
+        return own + sum(group.num_bytes for group in self._groups.values())
+
+    def is_missing(self, row: int) -> bool:
+        """Whether the row is to be passed over in silence."""
+        return row in self._rows and self._rows[row].missing
+
+    def change(self, header: Microbatch) -> tuple[int, ...]:
+        """What a header asks for before the forward pass; the rows whose entry is missing."""
+        for item in header.store:
+            self._store(item)
+        for row in header.release:
+            self._release(row)
+        for entry in header.evict:
+            self.entries.evict(entry)
+        for spec in header.admit:
+            self._admit(spec)
+        return tuple(item.row for item in header.load if not self._load(item))
+
+    def arrange(self, name: int, rows: Sequence[int]) -> list[row_cache.Part]:
+        """Make a group exactly these rows, in this order, wherever they are now; gives what to run."""
+        group = self._groups.setdefault(name, Group(batched=self._part.can_batch))
+        joining = {row: self._leave(row) for row in rows if self._rows[row].group != name}
+        for row, caches in group.arrange(rows, joining).items():
+            self._rows[row].caches, self._rows[row].group = caches, None
+        for row in rows:
+            self._rows[row].caches, self._rows[row].group = None, name
+        self._forget_empty_groups()
+        return group.parts()
+
+    def own_caches(self, row: int) -> Caches:
+        """The row's own caches, empty when it begins; it leaves its group."""
+        known = self._rows[row]
+        if known.is_fresh:
+            known.caches = self._part.make_caches()
+        known.caches = self._leave(row)
+        return known.caches
+
+    def spoil(self, row: int, message: str) -> None:
+        """The row cannot be executed any more; what it holds is freed."""
+        known = self._rows.get(row)
+        if known is None:
+            return
+        if known.group is not None and known.group in self._groups:
+            self._groups[known.group].drop(row)
+        known.caches, known.group, known.problem = None, None, message
+        self._forget_empty_groups()
+
+    def problem(self, header: Microbatch, row: int, tokens: Sequence[int]) -> str | None:
+        """Why this row of the microbatch cannot be executed, if so."""
+        known = self._rows.get(row)
+        if known is None:
+            return f"row {row} is not known here: it was never admitted, or is released"
+        if known.problem is not None:
+            return known.problem
+        if header.kind is Kind.DECODE and known.is_fresh:
+            return f"row {row} has no cache here: its prompt was not run"
+        for token in tokens:
+            if not 0 <= token < self._part.vocab_size:
+                return f"token {token} is outside the vocabulary of {self._part.vocab_size}"
+        return None
+
+    def _admit(self, spec: RowSpec) -> None:
+        row = Row(spec, problem=sampling.check_ids(spec.sampling, spec.history, self._part.vocab_size))
+        if spec.sampling.needs_history:
+            row.seen, row.emitted = Counter(spec.history), Counter(spec.history[spec.prompt_length :])
+        if spec.grammar is not None and self._grammars is not None:
+            emitted = spec.history[spec.prompt_length :]
+            row.grammar = self._grammars.begin(spec.grammar, emitted, spec.stop_token_ids)
+        self._rows[spec.row] = row
+
+    def _store(self, item: Store) -> None:
+        """Keep a copy of a row, if there is one: who wants to begin with it is told otherwise."""
+        row = self._rows.get(item.row)
+        if row is None or row.is_fresh or row.problem is not None:
+            return
+        try:
+            caches = row.caches if row.group is None else self._groups[row.group].peek(item.row)
+            assert caches is not None
+            self.entries.store(item.entry, caches, row.positions)
+        except COMPUTE_ERRORS as error:
+            logger.warning("a prefix was not kept", row=item.row, positions=row.positions, error=str(error))
+
+    def _load(self, item: Load) -> bool:
+        row = self._rows.get(item.row)
+        if row is None or not row.is_fresh:
+            return False
+        row.caches = self.entries.load(item.entry, item.length)
+        row.positions = item.length
+        row.missing = row.caches is None
+        return not row.missing
+
+    def _release(self, row: int) -> None:
+        known = self._rows.pop(row, None)
+        if known is not None and known.group is not None:
+            self._groups[known.group].drop(row)
+            self._forget_empty_groups()
+
+    def _forget_empty_groups(self) -> None:
+        for name in [name for name, group in self._groups.items() if not group.rows]:
+            del self._groups[name]
+
+    def _leave(self, row: int) -> Caches:
+        """A row's own caches, taken out of the group where it is."""
+        known = self._rows[row]
+        if known.group is not None:
+            known.caches, known.group = self._groups[known.group].take(row), None
+        assert known.caches is not None
+        return known.caches

@@ -1,14 +1,14 @@
 """``SliceRunner``: executes microbatches on one slice of layers.
 
-Owns: the rows of a stage, their caches and groups, and the entries of the prefix cache.
-Does not own: order and timing of microbatches (the stage's loop), or what they mean to a request (the engine).
+Owns: the forward pass of a microbatch: which rows run together, what becomes of their output, who failed.
+Does not own: where rows and entries are kept (``model.rows``), the order and timing of microbatches (the stage's loop),
+or what they mean to a request (the engine).
 Invariant: every call comes from the one thread that owns mlx; only ``Pending.wait`` may run elsewhere, and it only
 reads arrays that were handed to ``async_eval``. One row's trouble leaves every other row's tokens as they were.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,13 @@ from mlx.utils import tree_flatten
 
 from mlx_cluster import log
 from mlx_cluster.errors import LinkMismatch, RowFailed
-from mlx_cluster.microbatch import FailedRow, Frame, Kind, Load, Microbatch, Outcome, Pending, RowSpec, Store
+from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import prompts, sampling, state
-from mlx_cluster.model.cache import Caches, Group
 from mlx_cluster.model.grammar import Grammars
 from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, load_slice
 from mlx_cluster.model.pending import Finished, Incomplete, PendingFill, PendingFrame, PendingTokens
-from mlx_cluster.model.prefix import Entries
-from mlx_cluster.model.rows import Row
+from mlx_cluster.model.rows import COMPUTE_ERRORS, Rows
 from mlx_cluster.model.slice import Head
 from mlx_cluster.request import Sampling
 
@@ -35,8 +33,6 @@ async_eval: Any = mx.async_eval  # its types cover neither trees nor keyword-les
 
 # mlx keeps freed buffers for reuse; shapes change with every prompt, so they are given back now and then.
 _CLEAR_CACHE_EVERY = 256
-# What a device that is out of memory, or a model's own code, may raise.
-_COMPUTE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError)
 # Rows and group of the warm-up; the engine counts from 0.
 _WARM_UP_ROWS = (-1, -2)
 _WARM_UP_GROUP = -1
@@ -51,11 +47,9 @@ class SliceRunner:
         self.slice = loaded.slice
         self.device = loaded.device
         self.slice_bytes = loaded.num_bytes
-        self._rows: dict[int, Row] = {}
-        self._groups: dict[int, Group] = {}
-        self._entries = Entries()
         self._submitted = 0
         self._grammars = Grammars(model_dir, self.slice.vocab_size) if self.slice.last else None
+        self._rows = Rows(self.slice, self._grammars)
 
     @classmethod
     def load(
@@ -92,13 +86,12 @@ class SliceRunner:
     @property
     def cache_bytes(self) -> int:
         """What the caches of all rows take."""
-        own = sum(row_cache.num_bytes(row.caches) for row in self._rows.values() if row.caches is not None)
-        return own + sum(group.num_bytes for group in self._groups.values())
+        return self._rows.num_bytes
 
     @property
     def prefix_bytes(self) -> int:
         """What the entries of the prefix cache take."""
-        return self._entries.num_bytes
+        return self._rows.entries.num_bytes
 
     @cached_property
     def can_trim(self) -> bool:
@@ -161,21 +154,9 @@ class SliceRunner:
                 f"microbatch {header.id} has {len(header.rows)} rows of {header.row_lengths} tokens, "
                 f"but {len(header.tokens)} tokens"
             )
-        missing = self._change_rows(header)
+        missing = self._rows.change(header)
         pending = self._execute(header, frame)
         return Incomplete(pending, missing) if missing else pending
-
-    def _change_rows(self, header: Microbatch) -> tuple[int, ...]:
-        """What a header asks for before the forward pass; the rows whose entry is missing."""
-        for item in header.store:
-            self._store(item)
-        for row in header.release:
-            self._release(row)
-        for entry in header.evict:
-            self._entries.evict(entry)
-        for spec in header.admit:
-            self._admit(spec)
-        return tuple(item.row for item in header.load if not self._load(item))
 
     def _execute(self, header: Microbatch, frame: Frame | None) -> Pending:
         if header.kind is Kind.CONTROL or not header.rows:
@@ -185,19 +166,19 @@ class SliceRunner:
         if self._submitted % _CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
         tokens = header.row_tokens()
-        present = [
-            index for index, row in enumerate(header.rows) if row not in self._rows or not self._rows[row].missing
-        ]
-        problems = {header.rows[index]: self._problem(header, header.rows[index], tokens[index]) for index in present}
+        present = [index for index, row in enumerate(header.rows) if not self._rows.is_missing(row)]
+        problems = {
+            header.rows[index]: self._rows.problem(header, header.rows[index], tokens[index]) for index in present
+        }
         failed = {row: problem for row, problem in problems.items() if problem is not None}
         good = [index for index in present if header.rows[index] not in failed]
         try:
             return self._dispatch(header, tokens, received, good, failed)
-        except _COMPUTE_ERRORS as error:
+        except COMPUTE_ERRORS as error:
             # The forward pass of these rows broke off half-way, so their caches are of no use any more.
             message = f"layers [{self.slice.start}, {self.slice.end}) cannot run this row: {error}"
             for row in problems:
-                self._spoil(row, message)
+                self._rows.spoil(row, message)
             failed |= {row: message for row in problems if row not in failed}
             return Finished(self._nothing(header, failed))
 
@@ -297,100 +278,13 @@ class SliceRunner:
         lengths = [header.row_lengths[good[at]] for at in fresh]
         shared = [row_cache.Part(fresh, prompts.begin(self.slice, lengths), lengths)] if fresh else []
         alone = [at for at in range(len(good)) if at not in fresh]
-        return shared + [row_cache.Part((at,), self._own_caches(header.rows[good[at]])) for at in alone]
+        return shared + [row_cache.Part((at,), self._rows.own_caches(header.rows[good[at]])) for at in alone]
 
     def _decode_parts(self, header: Microbatch, good: list[int]) -> list[row_cache.Part]:
-        """Bring the group into the order that the header asks for."""
-        group = self._groups.setdefault(header.group, Group(batched=self.slice.can_batch))
-        rows = [header.rows[index] for index in good]
-        joining = {row: self._leave(row) for row in rows if self._rows[row].group != header.group}
-        for row, caches in group.arrange(rows, joining).items():
-            self._rows[row].caches, self._rows[row].group = caches, None
-        for index, row in zip(good, rows, strict=True):
-            self._rows[row].caches, self._rows[row].group = None, header.group
-            self._rows[row].remember(header.tokens[index])
-        self._forget_empty_groups()
-        return group.parts()
-
-    # -- rows ----------------------------------------------------------------------------------------
-
-    def _admit(self, spec: RowSpec) -> None:
-        row = Row(spec, problem=sampling.check_ids(spec.sampling, spec.history, self.slice.vocab_size))
-        if spec.sampling.needs_history:
-            row.seen, row.emitted = Counter(spec.history), Counter(spec.history[spec.prompt_length :])
-        if spec.grammar is not None and self._grammars is not None:
-            emitted = spec.history[spec.prompt_length :]
-            row.grammar = self._grammars.begin(spec.grammar, emitted, spec.stop_token_ids)
-        self._rows[spec.row] = row
-
-    def _store(self, item: Store) -> None:
-        """Keep a copy of a row, if there is one: who wants to begin with it is told otherwise."""
-        row = self._rows.get(item.row)
-        if row is None or row.is_fresh or row.problem is not None:
-            return
-        try:
-            caches = row.caches if row.group is None else self._groups[row.group].peek(item.row)
-            assert caches is not None
-            self._entries.store(item.entry, caches, row.positions)
-        except _COMPUTE_ERRORS as error:
-            logger.warning("a prefix was not kept", row=item.row, positions=row.positions, error=str(error))
-
-    def _load(self, item: Load) -> bool:
-        row = self._rows.get(item.row)
-        if row is None or not row.is_fresh:
-            return False
-        row.caches = self._entries.load(item.entry, item.length)
-        row.positions = item.length
-        row.missing = row.caches is None
-        return not row.missing
-
-    def _release(self, row: int) -> None:
-        entry = self._rows.pop(row, None)
-        if entry is not None and entry.group is not None:
-            self._groups[entry.group].drop(row)
-            self._forget_empty_groups()
-
-    def _spoil(self, row: int, message: str) -> None:
-        entry = self._rows.get(row)
-        if entry is None:
-            return
-        if entry.group is not None and entry.group in self._groups:
-            self._groups[entry.group].drop(row)
-        entry.caches, entry.group, entry.problem = None, None, message
-        self._forget_empty_groups()
-
-    def _forget_empty_groups(self) -> None:
-        for name in [name for name, group in self._groups.items() if not group.rows]:
-            del self._groups[name]
-
-    def _leave(self, row: int) -> Caches:
-        """A row's own caches, taken out of the group where it is."""
-        entry = self._rows[row]
-        if entry.group is not None:
-            entry.caches, entry.group = self._groups[entry.group].take(row), None
-        assert entry.caches is not None
-        return entry.caches
-
-    def _own_caches(self, row: int) -> Caches:
-        entry = self._rows[row]
-        if entry.is_fresh:
-            entry.caches = self.slice.make_caches()
-        entry.caches = self._leave(row)
-        return entry.caches
-
-    def _problem(self, header: Microbatch, row: int, tokens: Sequence[int]) -> str | None:
-        """Why this row of the microbatch cannot be executed, if so."""
-        entry = self._rows.get(row)
-        if entry is None:
-            return f"row {row} is not known here: it was never admitted, or is released"
-        if entry.problem is not None:
-            return entry.problem
-        if header.kind is Kind.DECODE and entry.is_fresh:
-            return f"row {row} has no cache here: its prompt was not run"
-        for token in tokens:
-            if not 0 <= token < self.slice.vocab_size:
-                return f"token {token} is outside the vocabulary of {self.slice.vocab_size}"
-        return None
+        parts = self._rows.arrange(header.group, [header.rows[index] for index in good])
+        for index in good:
+            self._rows[header.rows[index]].remember(header.tokens[index])
+        return parts
 
     # -- frames --------------------------------------------------------------------------------------
 
