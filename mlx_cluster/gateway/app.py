@@ -30,25 +30,12 @@ from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
 from mlx_cluster.gateway.responses_routes import add_responses
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
 from mlx_cluster.gateway.store import FILE_NAME, ResponseStore
+from mlx_cluster.gateway.web_page import add_web_page
 from mlx_cluster.metrics import CONTENT_TYPE, Metrics
 from mlx_cluster.request import Routes, ServedModel
 
 # A longer body is parsed in a thread: a megabyte of messages takes longer than other clients' tokens should wait.
 PARSE_ON_LOOP_BYTES = 64 * 1024
-
-HINT = """mlx-cluster: an OpenAI-compatible API.
-
-  GET  /v1/models             the models that are served here
-  POST /v1/chat/completions   a chat; try:
-
-    curl {base}v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-
-  POST /v1/completions        a plain prompt
-  POST /v1/responses          OpenAI's newer form, streamed, stored or in the background
-  POST /v1/messages           Anthropic's form; their clients take {base} as base URL
-  GET  /health  /livez  /readyz  /metrics
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +70,7 @@ def create_app(
     add_responses(app, gateway, node_info.node_id, ResponseStore(state_dir and state_dir / FILE_NAME))
     _add_models(app, gateway)
     _add_state(app, gateway, node_info, metrics)
+    add_web_page(app, gateway)
     return app
 
 
@@ -121,11 +109,6 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 def _add_state(app: FastAPI, gateway: Gateway, node_info: NodeInfo, metrics: Metrics) -> None:
     def ready() -> bool:
         return any(model.state == "ready" for model in gateway.catalogue.models())
-
-    @app.get("/")
-    async def hint(request: Request) -> PlainTextResponse:
-        models = gateway.catalogue.models()
-        return PlainTextResponse(HINT.format(base=request.base_url, model=models[0].id if models else "MODEL"))
 
     @app.get("/health")
     async def health() -> JSONResponse:
