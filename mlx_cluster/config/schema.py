@@ -28,6 +28,20 @@ def _check_split(text: str) -> str:
     return text
 
 
+def _check_host_name(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f.]*:[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*", text):
+        raise ValueError(f"{text!r} is not a host name; write it without scheme and port like chat.lan, or * for any")
+    return text
+
+
+def _check_origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+", text):
+        raise ValueError(
+            f"{text!r} is not an origin; write it like http://localhost:3000, without a path, or * for any"
+        )
+    return text
+
+
 def _bare_number_as_text(value: Any) -> Any:
     """``memory_budget: 12000000000`` and ``split: 28`` are numbers to YAML, and text here."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -35,6 +49,8 @@ def _bare_number_as_text(value: Any) -> Any:
 
 MemoryAmount = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_amount)]
 Split = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_split)]
+HostName = Annotated[str, AfterValidator(_check_host_name)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
 class Section(BaseModel):
@@ -71,6 +87,9 @@ class ApiGatewaySection(Section):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
     keepalive_seconds: Annotated[float, Field(gt=0)] = 10.0
     idle_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds without a token before a stream is given up
+    # Names in a Host header that loopback answers to, beside its own: a page elsewhere may let its name point here.
+    allowed_hosts: tuple[HostName, ...] = ()
+    allowed_origins: tuple[Origin, ...] = ()  # of web pages elsewhere that may use this API (CORS)
 
 
 class NetworkSection(Section):

@@ -27,6 +27,7 @@ from mlx_cluster.gateway.incoming import has_effect, name_dropped
 from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
 from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
+from mlx_cluster.gateway.origin import OriginPolicy
 from mlx_cluster.gateway.responses_routes import add_responses
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
 from mlx_cluster.gateway.store import FILE_NAME, ResponseStore
@@ -63,7 +64,7 @@ def create_app(
     gateway = Gateway(Catalogue(routes), settings, metrics.gateway)
     app = FastAPI(title="mlx-cluster", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
-    app.add_middleware(Exchange, metrics=metrics.gateway)
+    app.add_middleware(Exchange, metrics=metrics.gateway, policy=OriginPolicy.of(settings))
     app.add_exception_handler(HTTPException, _not_routed)
     _add_generation(app, gateway)
     add_messages(app, gateway)

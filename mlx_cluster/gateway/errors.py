@@ -26,6 +26,12 @@ from mlx_cluster.errors import (
 )
 
 
+class Forbidden(InvalidRequest):
+    """The exchange comes under a name or from a page that this gateway does not answer to."""
+
+    code = "forbidden"
+
+
 class PayloadTooLarge(InvalidRequest):
     """The body is longer than ``api_gateway.max_body_bytes``."""
 
@@ -79,6 +85,7 @@ class HttpForm:
 FORMS: Mapping[type[ClusterError], HttpForm] = {
     InvalidRequest: HttpForm(400, "invalid_request_error"),
     ContextLengthExceeded: HttpForm(400, "invalid_request_error"),
+    Forbidden: HttpForm(403, "invalid_request_error"),
     ModelNotFound: HttpForm(404, "invalid_request_error"),
     RouteNotFound: HttpForm(404, "invalid_request_error"),
     ResponseNotFound: HttpForm(404, "invalid_request_error"),

@@ -1,11 +1,11 @@
-"""What surrounds every exchange: its request id, its last line of defence, its count.
+"""What surrounds every exchange: its request id, who may ask at all, its last line of defence, its count.
 
-Owns: ``x-request-id``, the answer to any error that was not answered yet, request metrics.
-Does not own: routes.
+Owns: ``x-request-id``, the answer to any error that was not answered yet, preflights, request metrics.
+Does not own: routes, which hosts and origins are let in (``origin``).
 Invariant: every error before the status becomes an error object of the client's dialect; an unforeseen one is logged
 with its traceback.
 
-Room: the Host and Origin check for loopback, authentication and rate limits belong here, before the application.
+Room: authentication and rate limits belong here, after the check of Host and Origin and before the application.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlx_cluster.errors import ClusterError
 from mlx_cluster.gateway import messages_errors
 from mlx_cluster.gateway.client import ClientGone, Message, Receive, Send
 from mlx_cluster.gateway.errors import error_bytes, error_headers, form_of, is_internal
+from mlx_cluster.gateway.origin import Headers, OriginPolicy
 from mlx_cluster.metrics import GatewayMetrics
 
 _log = log.get("gateway")
@@ -34,8 +35,9 @@ CLIENT_GONE_STATUS = 499  # never sent, only counted
 class Exchange:
     """Pure ASGI: a middleware that copies bodies would cost more than the gateway's own work per token."""
 
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, policy: OriginPolicy) -> None:
         self._app = app
+        self._policy = policy
         self._metrics = metrics
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -44,7 +46,9 @@ class Exchange:
             return
         request_id = _request_id(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
-        id_header = (b"x-request-id", request_id.encode())
+        asked = dict(scope["headers"])
+        origin = _text(asked.get(b"origin"))
+        own_headers = [(b"x-request-id", request_id.encode()), *self._policy.answer_headers(origin)]
         status = 0
         counted = False
         started_at = time.monotonic()
@@ -61,13 +65,21 @@ class Exchange:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), id_header, *scope["state"].get(ANSWER_HEADERS, ())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *own_headers,
+                    *scope["state"].get(ANSWER_HEADERS, ()),
+                ]
             elif not message.get("more_body", False):
                 count()  # before the client can see the end: whoever then looks at the metrics finds itself counted
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            self._policy.check(_text(asked.get(b"host")), origin)
+            if scope["method"] == "OPTIONS" and b"access-control-request-method" in asked:
+                await _send_whole(send_with_id, 204, self._policy.preflight_headers(asked), b"")
+            else:
+                await self._app(scope, receive, send_with_id)
         except ClientGone:
             status = CLIENT_GONE_STATUS
         except Exception as error:
@@ -87,14 +99,16 @@ async def _send_error(error: Exception, request_id: str, send: Send, *, anthropi
     _log.info("refused", request=request_id, status=status, code=code)
     body = messages_errors.envelope(error, request_id) if anthropic else error_bytes(error, request_id)
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-        }
-    )
+    await _send_whole(send, status, [(name.encode(), value.encode()) for name, value in headers.items()], body)
+
+
+async def _send_whole(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
