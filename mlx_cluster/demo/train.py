@@ -38,7 +38,7 @@ COPY_HEAD_LAYERS = 6
 class Recipe:
     """Everything a run depends on besides the corpus."""
 
-    steps: int = 1500
+    steps: int = 1200
     seed: int = 7
     vocab_size: int = 1536
     layers: int = 28
