@@ -26,11 +26,13 @@ from mlx_cluster.gateway.errors import MethodNotAllowed, RouteNotFound
 from mlx_cluster.gateway.incoming import has_effect, name_dropped
 from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
+from mlx_cluster.gateway.models_routes import add_models
 from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
 from mlx_cluster.gateway.origin import OriginPolicy
 from mlx_cluster.gateway.responses_routes import add_responses
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
 from mlx_cluster.gateway.store import FILE_NAME, ResponseStore
+from mlx_cluster.gateway.token_routes import add_tokens
 from mlx_cluster.gateway.web_page import add_web_page
 from mlx_cluster.metrics import CONTENT_TYPE, Metrics
 from mlx_cluster.request import Routes, ServedModel
@@ -69,7 +71,8 @@ def create_app(
     _add_generation(app, gateway)
     add_messages(app, gateway)
     add_responses(app, gateway, node_info.node_id, ResponseStore(state_dir and state_dir / FILE_NAME))
-    _add_models(app, gateway)
+    add_models(app, gateway)
+    add_tokens(app, gateway)
     _add_state(app, gateway, node_info, metrics)
     add_web_page(app, gateway)
     return app
@@ -95,16 +98,6 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/completions", openapi_extra=_body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
         return await generate(request, parse_completion, CompletionDialect, "cmpl")
-
-
-def _add_models(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_object(model) for model in gateway.catalogue.models()]}
-
-    @app.get("/v1/models/{model_id:path}")
-    async def retrieve_model(model_id: str) -> dict[str, Any]:
-        return _model_object(gateway.catalogue.find(model_id))
 
 
 def _add_state(app: FastAPI, gateway: Gateway, node_info: NodeInfo, metrics: Metrics) -> None:
@@ -143,18 +136,6 @@ def _why_not_ready(models: list[ServedModel]) -> str:
     if not models:
         return "none is configured on this node"
     return "; ".join(f"{m.id!r} is {m.state}" + (f" ({m.detail})" if m.detail else "") for m in models)
-
-
-def _model_object(model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "mlx-cluster",
-        "aliases": list(model.aliases),
-        "max_context": model.max_context,
-        "state": model.state,
-    }
 
 
 def _body_schema(kind: type[ChatBody] | type[CompletionBody]) -> dict[str, Any]:

@@ -194,6 +194,16 @@ RESPONSES: Mapping[str, Rule] = {
 }
 
 
+# With messages /tokenize takes those fields of a chat that shape its prompt.
+TOKENIZE: Mapping[str, Rule] = {
+    **dict.fromkeys(("model", "prompt", "add_special_tokens", "return_token_strs"), HONOURED),
+    **dict.fromkeys(("messages", "tools", "tool_choice", "reasoning_effort", "chat_template_kwargs"), HONOURED),
+    "add_generation_prompt": _refused("a conversation always ends where the answer begins", True),
+}
+
+DETOKENIZE: Mapping[str, Rule] = dict.fromkeys(("model", "tokens"), HONOURED)
+
+
 def honoured(values: Mapping[str, Any], table: Mapping[str, Rule], dropped: list[str] | None = None) -> dict[str, Any]:
     """The honoured fields that are present (null means absent); raises ``InvalidRequest`` for any other with effect.
 

@@ -77,10 +77,15 @@ async def prepare(
 
 
 async def count_prompt(ask: Ask, catalogue: Catalogue) -> int:
-    """How many tokens the prompt has. Raises as ``prepare`` does, but needs no engine."""
+    """How many tokens the prompt has. Raises as ``prompt_ids`` does."""
+    return len(await prompt_ids(ask, catalogue))
+
+
+async def prompt_ids(ask: Ask, catalogue: Catalogue) -> tuple[int, ...]:
+    """The ids that the model would be given. Raises as ``prepare`` does, but needs no engine."""
     tokenizer = await catalogue.tokenizer(catalogue.find(ask.model))
     prompt, _ = await _prompt_ids(ask, tokenizer, catalogue)
-    return len(prompt)
+    return prompt
 
 
 async def _prompt_ids(ask: Ask, tokenizer: Tokenizer, catalogue: Catalogue) -> tuple[tuple[int, ...], bool]:

@@ -50,6 +50,7 @@ ROUTES = (
     ("POST", "/v1/completions", "a plain prompt"),
     ("POST", "/v1/responses", "OpenAI's newer form, streamed, stored or in the background"),
     ("POST", "/v1/messages", "Anthropic's form; their clients take {base} as base URL"),
+    ("POST", "/tokenize", "text or a conversation to token ids; /detokenize goes back"),
     ("GET", "/health", "this node's state; also /livez, /readyz and /metrics"),
 )
 

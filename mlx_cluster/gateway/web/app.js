@@ -66,17 +66,30 @@ function element(tag, name, text) {
   return made;
 }
 
+/** Cut text at its fenced blocks: [{code, text}], also while the last fence is still open. */
+function blocks(text) {
+  const found = [{ code: false, lines: [] }];
+  for (const line of text.split("\n")) {
+    const last = found.at(-1);
+    if (last.code ? line.trimEnd() === "```" : /^```[^`]*$/.test(line)) found.push({ code: !last.code, lines: [] });
+    else last.lines.push(line);
+  }
+  return found.map(({ code, lines }) => ({ code, text: lines.join("\n") }));
+}
+
 /** Show text with fenced blocks as code; everything goes in as text nodes. */
 function showText(place, text) {
-  const parts = text.split(/^```([^\n`]*)\n/m);
-  const shown = [document.createTextNode(parts[0])];
-  for (let at = 1; at < parts.length; at += 2) {
-    const [code, ...after] = parts[at + 1].split(/\n?^```[ \t]*(?:\n|$)/m);
+  const cut = blocks(text);
+  place.replaceChildren(...cut.map(({ code, text: part }, at) => {
+    if (!code) {
+      // A code block has its own distance: empty lines beside it would double that.
+      const start = at > 0 ? part.replace(/^\n+/, "") : part;
+      return document.createTextNode(at < cut.length - 1 ? start.replace(/\n+$/, "") : start);
+    }
     const block = element("pre");
-    block.append(element("code", "", code));
-    shown.push(block, document.createTextNode(after.join("\n")));
-  }
-  place.replaceChildren(...shown);
+    block.append(element("code", "", part));
+    return block;
+  }));
 }
 
 function addTurn(role) {
