@@ -34,6 +34,10 @@ from mlx_cluster.request import FinishReason, SequenceRequest, Token
 
 # How much of a microbatch of several prompts must not be padding.
 MIN_DENSITY = 0.75
+# A prompt is cut into so many chunks for each stage that filling and draining the pipeline costs little, but none is
+# shorter than this: a chunk reads all weights, however short it is.
+CHUNKS_PER_STAGE = 2
+MIN_CHUNK = 32
 
 
 class Scheduler:
@@ -248,9 +252,10 @@ class Scheduler:
         sequence = self._prefilling[0]
         loads = self._book.reuse(sequence, self._now)
         start = sequence.prefilled
-        end = min(start + self.policy.prefill_chunk, len(sequence.tokens))
+        limit = self._chunk_limit()
+        end = min(start + limit, len(sequence.tokens))
         if start == 0 and end == len(sequence.tokens):
-            return self._whole_prompts()
+            return self._whole_prompts(limit)
         sequence.prefilled = end
         self._prefill_budget -= end - start
         last = end == len(sequence.tokens)
@@ -269,7 +274,15 @@ class Scheduler:
             self._book.keep_prompt(sequence)
         return microbatch
 
-    def _whole_prompts(self) -> Microbatch:
+    def _chunk_limit(self) -> int:
+        """Tokens of one microbatch: so few that all stages get to work on what waits."""
+        if self.policy.num_stages == 1:
+            return self.policy.prefill_chunk
+        waiting = sum(len(sequence.tokens) - sequence.cached for sequence in self._prefilling)
+        overlapping = math.ceil(waiting / (CHUNKS_PER_STAGE * self.policy.num_stages))
+        return min(self.policy.prefill_chunk, max(MIN_CHUNK, overlapping))
+
+    def _whole_prompts(self, limit: int) -> Microbatch:
         """One microbatch of the first prompt and those behind it that fit beside it without much padding."""
         taken = [self._prefilling.popleft()]
         longest = total = len(taken[0].tokens)
@@ -278,7 +291,7 @@ class Scheduler:
             length = len(sequence.tokens)
             longest, total = max(longest, length), total + length
             padded = longest * (len(taken) + 1)
-            if sequence.prefilled or padded > self.policy.prefill_chunk or total < MIN_DENSITY * padded:
+            if sequence.prefilled or padded > limit or total < MIN_DENSITY * padded:
                 break
             if self._book.can_reuse(sequence, self._now):
                 break
