@@ -75,7 +75,16 @@ def checkpoint(folder: Path, name: str) -> Path:
     if not (path / "config.json").exists():
         kind, dtype = name.split("-")
         write_tiny_model(path, **SHAPE, dtype=dtype, quantize_bits=4 if kind == "4bit" else None)
+        _name_every_token(path / "tokenizer.json", SHAPE["vocab"])
     return path
+
+
+def _name_every_token(tokenizer: Path, vocab: int) -> None:
+    """Give every id a text of its own: random weights draw any id, and a token without text is no streamed event."""
+    document = json.loads(tokenizer.read_text())
+    names = document["model"]["vocab"]
+    names |= {f"w{number}": number for number in range(len(names) + len(document["added_tokens"]), vocab)}
+    tokenizer.write_text(json.dumps(document))
 
 
 # -- the systems ---------------------------------------------------------------------------------
