@@ -31,7 +31,7 @@ async def raw_request(
     reader, writer = await asyncio.open_connection(sock=connection, limit=read_buffer)
     content = json.dumps(body).encode()
     head = (
-        f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     writer.write(head.encode() + content)
     await writer.drain()
@@ -160,7 +160,7 @@ async def test_a_body_that_does_not_arrive_is_a_408(tokenizer_dir: Path, tokeniz
     async with running(tokenizer_dir, tokenizer, timeout=SOON) as world:
         host, port = world.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode())
+        writer.write(f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n".encode())
         writer.write(b"content-length: 100\r\n\r\n{")
         async with asyncio.timeout(20):
             answer = await reader.readuntil(b"request_timeout")
