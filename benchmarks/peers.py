@@ -11,8 +11,8 @@ defaults   the 4-bit checkpoint with bfloat16 scales, as shipped; everybody's de
 prefill    dense, one client, a 1,024-token prompt in 128-token chunks: time to first token
 clients-N  dense, with N = 1, 2, 8, 16 or 32 clients
 
-The systems take turns within each repetition; figures are medians over the repetitions. Each server gets one warm-up
-request before its load is measured.
+The systems take turns within each repetition; figures are medians over the repetitions. Each server gets three
+warm-up requests of the load's kind before it is measured. Two stages hold six layers each.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import record, serve
+from mlx_cluster.plan import even_counts
 from mlx_cluster.stage import blas
 from tests.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"layers": 12, "width": 768, "vocab": 8192}
 START_SECONDS = 240
+WARM_UP_REQUESTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def ours(stages: int, model: Path, extra: dict[str, str]) -> tuple[list[subproce
     command = [sys.executable, "-m", "mlx_cluster", "up", "--model", str(model), "--nodes", str(stages)]
     command += ["--gateway-port", str(gateway), "--base-port", str(gateway + 100), "--alias", "peer"]
     if stages > 1:
-        command += ["--transport", "grpc"]
+        split = "/".join(map(str, even_counts(SHAPE["layers"], stages)))
+        command += ["--transport", "grpc", "--split", split]
     env = {**os.environ, "MLX_CLUSTER__COORDINATOR__PORT": str(gateway + 90), **extra}
     return [_popen(command, env)], f"http://127.0.0.1:{gateway}/v1", "peer"
 
@@ -182,7 +185,7 @@ def measure(name: str, scenario: Scenario, folder: Path, repeat: int) -> dict[st
                     characters_per_token=1.0,
                     seed=repetition + 1,
                 )
-                asyncio.run(serve.run(replace(load, requests=min(2, load.clients), seed=99)))
+                asyncio.run(serve.run(replace(load, clients=1, requests=WARM_UP_REQUESTS, seed=99)))
                 figures = serve.summary(asyncio.run(serve.run(load)))
             print(f"{name:12} {system:16} {_line(figures)}", flush=True)
             runs[system].append(figures)
