@@ -30,7 +30,8 @@ async def raw_request(
     await asyncio.get_running_loop().sock_connect(connection, (host, int(port)))
     reader, writer = await asyncio.open_connection(sock=connection, limit=read_buffer)
     content = json.dumps(body).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    headers = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    head = f"POST {PATH} HTTP/1.1\r\n{headers}\r\n\r\n"
     writer.write(head.encode() + content)
     await writer.drain()
     return reader, writer
