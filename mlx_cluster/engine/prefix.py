@@ -124,9 +124,15 @@ class PrefixIndex:
         return Stored(entry_id, tuple(evicted))
 
     def expire(self, now: float) -> list[int]:
-        """Entries that nobody used for ``ttl_seconds``: gone from the index, to be evicted on the stages."""
+        """Entries that nobody used for ``ttl_seconds``: gone from the index, to be evicted on the stages.
+
+        Asked before every header, so it looks no further than the first entry that is young enough.
+        """
         oldest = now - self.limits.ttl_seconds
-        return [self._remove(i) for i in [e.id for e in self._entries.values() if e.used_at < oldest]]
+        gone = []
+        while self._entries and (first := next(iter(self._entries.values()))).used_at < oldest:
+            gone.append(self._remove(first.id))
+        return gone
 
     def forget(self, entry: int) -> bool:
         """A stage does not have this entry: nobody may use it any more. True when it was known."""
