@@ -187,6 +187,10 @@ def encode_sequence_request(value: SequenceRequest) -> engine_pb2.SequenceReques
         emitted=value.emitted,
         priority=value.priority,
         grammar=encode_grammar(value.grammar),
+        tenant=value.tenant,
+        queue_seconds=value.queue_seconds,
+        speculate=value.speculate,
+        key=value.key,
     )
 
 
@@ -202,6 +206,10 @@ def decode_sequence_request(message: engine_pb2.SequenceRequest) -> SequenceRequ
         emitted=tuple(message.emitted),
         priority=message.priority,
         grammar=decode_grammar(message.grammar) if message.HasField("grammar") else None,
+        tenant=message.tenant,
+        queue_seconds=message.queue_seconds if message.HasField("queue_seconds") else None,
+        speculate=message.speculate if message.HasField("speculate") else None,
+        key=message.key,
     )
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "max_tokens", "sampling", "choice", "stop_token_ids", "emitted", "priority", "grammar")
+    __slots__ = ("request_id", "model", "prompt", "max_tokens", "sampling", "choice", "stop_token_ids", "emitted", "priority", "grammar", "tenant", "queue_seconds", "speculate", "key")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,10 @@ class SequenceRequest(_message.Message):
     EMITTED_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -29,7 +33,11 @@ class SequenceRequest(_message.Message):
     emitted: _containers.RepeatedScalarFieldContainer[int]
     priority: int
     grammar: _stage_pb2.Grammar
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_stage_pb2.Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., emitted: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[_stage_pb2.Grammar, _Mapping]] = ...) -> None: ...
+    tenant: str
+    queue_seconds: float
+    speculate: bool
+    key: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_stage_pb2.Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., emitted: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[_stage_pb2.Grammar, _Mapping]] = ..., tenant: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., speculate: _Optional[bool] = ..., key: _Optional[str] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
     __slots__ = ("admitted", "token", "finished", "failure")

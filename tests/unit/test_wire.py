@@ -81,6 +81,10 @@ requests = st.builds(
     stop_token_ids=st.frozensets(small, max_size=3),
     emitted=ids,
     priority=st.integers(-100, 100),
+    tenant=st.text(max_size=9),
+    queue_seconds=st.none() | st.floats(0, 1e4),
+    speculate=st.none() | st.booleans(),
+    key=st.text(max_size=9),
     grammar=grammars,
 )
 events = st.one_of(
