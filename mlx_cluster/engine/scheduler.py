@@ -11,10 +11,11 @@ a group at a border) → grouped (decodes) → ended; its row is released with t
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 
+from mlx_cluster.engine.groups import Groups
+from mlx_cluster.engine.prefill import Prefill
 from mlx_cluster.engine.prefix import PrefixIndex
 from mlx_cluster.engine.prefix_book import PrefixBook
 from mlx_cluster.engine.sequence import (
@@ -27,17 +28,11 @@ from mlx_cluster.engine.sequence import (
     Policy,
     SequenceState,
     Started,
+    row_spec,
 )
 from mlx_cluster.errors import Overloaded, RowFailed
 from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
-
-# How much of a microbatch of several prompts must not be padding.
-MIN_DENSITY = 0.75
-# A prompt is cut into so many chunks for each stage that filling and draining the pipeline costs little, but none is
-# shorter than this: a chunk reads all weights, however short it is.
-CHUNKS_PER_STAGE = 2
-MIN_CHUNK = 32
 
 
 class Scheduler:
@@ -47,22 +42,16 @@ class Scheduler:
         self.policy = policy
         self._book = PrefixBook(prefix)
         self._waiting: deque[SequenceState] = deque()
-        self._prefilling: deque[SequenceState] = deque()
-        self._loose: deque[SequenceState] = deque()
-        self._groups: list[Group] = []
-        self._ready: deque[Group] = deque()
+        self._prefill = Prefill(policy, self._book)
+        self._groups = Groups(policy.num_groups)
         self._live: dict[int, SequenceState] = {}
         self._rows: dict[int, SequenceState] = {}
         self._in_flight: dict[int, InFlight] = {}
         self._release: list[int] = []
-        self._now = 0.0
         self._effects: list[Effect] = []
         self._next_sequence = 0
         self._next_row = 0
         self._next_microbatch = 0
-        self._next_group = 0
-        self._decodes_since_refill = 0
-        self._prefill_budget = policy.prefill_chunk  # prompt tokens that may still go out in this cycle
         self._granted = 0  # credits when the last microbatch left; groups that end later shrink ``credits``
 
     # -- from the engine --------------------------------------------------------------------------
@@ -118,11 +107,9 @@ class Scheduler:
                 continue
             self._draw(sequence, Token(sequence.num_emitted, drawn.token_id, drawn.logprob, drawn.top))
             if done.microbatch.kind is Kind.PREFILL and sequence.id in self._live:
-                self._loose.append(sequence)
+                self._groups.add(sequence)
         if done.group is not None:
-            done.group.in_flight = False
-            if done.group in self._groups:
-                self._ready.append(done.group)
+            self._groups.returned(done.group)
         return self._take_effects()
 
     def fail_rows(self, failed: Sequence[FailedRow]) -> None:
@@ -146,22 +133,21 @@ class Scheduler:
             sequence.prefilled = sequence.cached = 0
             sequence.entry, sequence.may_reuse = None, False  # once is enough: two such rows could chase each other
             self._give_row(sequence)
-            self._prefilling.appendleft(sequence)
+            self._prefill.add_first(sequence)
             restarted += 1
         return restarted
 
     def next(self, now: float = 0.0) -> Microbatch | None:
         """The next microbatch to send to every stage, or None when nothing may go now."""
-        self._now = now
         if len(self._in_flight) >= self.credits:
             return None
         self._admit()
         self._book.plan_stores(now)
-        if self._chunk_is_due():
-            return self._chunk()
-        decode = self._decode()
-        if decode is not None:
-            return decode
+        if self._prefill.is_due(self._groups.steps_per_cycle):
+            return self._chunk(now)
+        group = self._groups.next_step()
+        if group is not None:
+            return self._step(group)
         if (self._release or self._book.has_orders) and not self._in_flight:
             return self._dispatch(Kind.CONTROL)
         return None
@@ -178,7 +164,7 @@ class Scheduler:
 
     @property
     def num_decoding(self) -> int:
-        return len(self._loose) + sum(len(group.members) for group in self._groups)
+        return self._groups.num_rows
 
     @property
     def idle(self) -> bool:
@@ -192,7 +178,7 @@ class Scheduler:
     def statistics(self) -> dict[str, int]:
         return {
             "waiting": len(self._waiting),
-            "prefilling": len(self._prefilling),
+            "prefilling": len(self._prefill),
             "decoding": self.num_decoding,
             "groups": len(self._groups),
             "rows": len(self._rows),
@@ -202,7 +188,7 @@ class Scheduler:
 
     def audit(self) -> None:
         """Raise ``AssertionError`` when the books do not balance (called when idle, and by tests after every step)."""
-        placed = [*self._prefilling, *self._loose, *(s for g in self._groups for s in g.members)]
+        placed = [*self._prefill, *self._groups.rows()]
         pending_first = {
             s.id
             for item in self._in_flight.values()
@@ -217,7 +203,7 @@ class Scheduler:
         assert len(self._in_flight) <= self._granted, "more microbatches than credits"
         assert all(group.members or group.in_flight for group in self._groups), "an empty group was kept"
 
-    # -- admission and prefill ------------------------------------------------------------------------
+    # -- admission ------------------------------------------------------------------------
 
     def _free_rows(self) -> int:
         return self.policy.max_rows - len(self._rows)
@@ -226,7 +212,7 @@ class Scheduler:
         while self._waiting and self._free_rows() > 0:
             sequence = self._waiting.popleft()
             self._give_row(sequence)
-            self._prefilling.append(sequence)
+            self._prefill.add(sequence)
             self._effects.append(Started(sequence.id))
 
     def _give_row(self, sequence: SequenceState) -> None:
@@ -234,127 +220,26 @@ class Scheduler:
         self._next_row += 1
         self._rows[sequence.row] = sequence
 
-    def _chunk_is_due(self) -> bool:
-        """While nothing decodes chunks go out back to back; else ``prefill_chunk`` tokens for each cycle of the groups.
+    # -- microbatches ---------------------------------------------------------------------------------
 
-        Several short prompts may share a cycle's tokens; a prompt that does not fit what is left waits for the next
-        cycle, so that no chunk is cut needlessly small.
-        """
-        if not self._prefilling:
-            return False
-        if self.num_decoding == 0 or self._decodes_since_refill >= len(self._groups) + bool(self._loose):
-            self._prefill_budget = self.policy.prefill_chunk
-            self._decodes_since_refill = 0
-        rest = len(self._prefilling[0].tokens) - self._prefilling[0].prefilled
-        return self._prefill_budget == self.policy.prefill_chunk or rest <= self._prefill_budget
-
-    def _chunk(self) -> Microbatch:
-        sequence = self._prefilling[0]
-        loads = self._book.reuse(sequence, self._now)
-        start = sequence.prefilled
-        limit = self._chunk_limit()
-        end = min(start + limit, len(sequence.tokens))
-        if start == 0 and end == len(sequence.tokens):
-            return self._whole_prompts(limit)
-        sequence.prefilled = end
-        self._prefill_budget -= end - start
-        last = end == len(sequence.tokens)
-        if last:
-            self._prefilling.popleft()
-        fresh = start == (loads[0].length if loads else 0)
+    def _chunk(self, now: float) -> Microbatch:
+        chunk = self._prefill.next_chunk(now)
         microbatch = self._dispatch(
             Kind.PREFILL,
-            sequences=(sequence,),
-            tokens=sequence.tokens[start:end],
-            sample=last,
-            admit=(_row_spec(sequence),) if fresh else (),
-            load=loads,
+            sequences=chunk.sequences,
+            tokens=chunk.tokens,
+            lengths=chunk.lengths,
+            sample=chunk.last,
+            admit=tuple(row_spec(sequence) for sequence in chunk.fresh),
+            load=chunk.load,
         )
-        if last:
-            self._book.keep_prompt(sequence)
+        if chunk.last:
+            for sequence in chunk.sequences:
+                self._book.keep_prompt(sequence)
         return microbatch
-
-    def _chunk_limit(self) -> int:
-        """Tokens of one microbatch: so few that all stages get to work on what waits."""
-        if self.policy.num_stages == 1:
-            return self.policy.prefill_chunk
-        waiting = sum(len(sequence.tokens) - sequence.cached for sequence in self._prefilling)
-        overlapping = math.ceil(waiting / (CHUNKS_PER_STAGE * self.policy.num_stages))
-        return min(self.policy.prefill_chunk, max(MIN_CHUNK, overlapping))
-
-    def _whole_prompts(self, limit: int) -> Microbatch:
-        """One microbatch of the first prompt and those behind it that fit beside it without much padding."""
-        taken = [self._prefilling.popleft()]
-        longest = total = len(taken[0].tokens)
-        while self._prefilling and len(taken) < self.policy.max_prompts:
-            sequence = self._prefilling[0]
-            length = len(sequence.tokens)
-            longest, total = max(longest, length), total + length
-            padded = longest * (len(taken) + 1)
-            if sequence.prefilled or padded > limit or total < MIN_DENSITY * padded:
-                break
-            if self._book.can_reuse(sequence, self._now):
-                break
-            taken.append(self._prefilling.popleft())
-        for sequence in taken:
-            sequence.prefilled = len(sequence.tokens)
-            self._prefill_budget -= len(sequence.tokens)
-        microbatch = self._dispatch(
-            Kind.PREFILL,
-            sequences=tuple(taken),
-            tokens=tuple(token for sequence in taken for token in sequence.tokens),
-            lengths=tuple(len(sequence.tokens) for sequence in taken) if len(taken) > 1 else (),
-            sample=True,
-            admit=tuple(_row_spec(sequence) for sequence in taken),
-        )
-        for sequence in taken:
-            self._book.keep_prompt(sequence)
-        return microbatch
-
-    # -- decode ---------------------------------------------------------------------------------------
-
-    def _decode(self) -> Microbatch | None:
-        target = self.policy.num_groups(self.num_decoding) if self.num_decoding else 0
-        while self._ready:
-            group = self._ready.popleft()
-            if len(self._groups) > target:
-                self._dissolve(group)
-                continue
-            self._balance(group, target)
-            return self._step(group)
-        if self._loose and len(self._groups) < target:
-            group = Group(self._next_group)
-            self._next_group += 1
-            self._groups.append(group)
-            self._balance(group, target)
-            return self._step(group)
-        return None
-
-    def _dissolve(self, group: Group) -> None:
-        for sequence in group.members:
-            sequence.group = None
-        self._loose.extend(group.members)
-        self._groups.remove(group)
-
-    def _balance(self, group: Group, target: int) -> None:
-        """Bring a group that is at a border to its fair share: loose rows join, too many leave.
-
-        A row leaves only when that evens out a difference of two or more, as every move copies its cache.
-        """
-        share = math.ceil(self.num_decoding / target)
-        while self._loose and len(group.members) < share:
-            sequence = self._loose.popleft()
-            sequence.group = group
-            group.members.append(sequence)
-        others = [len(other.members) for other in self._groups if other is not group]
-        while len(group.members) > share and (len(self._groups) < target or min(others) < len(group.members) - 1):
-            sequence = group.members.pop()
-            sequence.group = None
-            self._loose.append(sequence)
 
     def _step(self, group: Group) -> Microbatch:
-        group.in_flight = True
-        self._decodes_since_refill += 1
+        self._prefill.step_left()
         return self._dispatch(
             Kind.DECODE,
             sequences=tuple(group.members),
@@ -362,8 +247,6 @@ class Scheduler:
             sample=True,
             group=group,
         )
-
-    # -- shared ---------------------------------------------------------------------------------------
 
     def _dispatch(
         self,
@@ -424,33 +307,9 @@ class Scheduler:
         del self._rows[sequence.row]
         if sequence.prefilled > 0:  # the stages know the row only once a chunk went out
             self._release.append(sequence.row)
-        if sequence.group is not None:
-            group = sequence.group
-            group.members.remove(sequence)
-            if not group.members:
-                self._groups.remove(group)
-                if group in self._ready:
-                    self._ready.remove(group)
-        elif sequence in self._loose:
-            self._loose.remove(sequence)
-        elif sequence in self._prefilling:
-            self._prefilling.remove(sequence)
+        if not self._groups.remove(sequence):
+            self._prefill.remove(sequence)
 
     def _take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []
         return effects
-
-
-def _row_spec(sequence: SequenceState) -> RowSpec:
-    request = sequence.request
-    history = sequence.tokens if request.sampling.needs_history else request.emitted if request.grammar else ()
-    return RowSpec(
-        row=sequence.row,
-        sampling=request.sampling,
-        choice=request.choice,
-        first_index=len(request.emitted),
-        prompt_length=len(request.prompt) if request.sampling.needs_history else 0,
-        history=history,
-        grammar=request.grammar,
-        stop_token_ids=tuple(sorted(request.stop_token_ids)) if request.grammar else (),
-    )

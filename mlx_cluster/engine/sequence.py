@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlx_cluster.errors import ClusterError
-from mlx_cluster.microbatch import Microbatch
+from mlx_cluster.microbatch import Microbatch, RowSpec
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
 
 
@@ -96,3 +96,19 @@ class InFlight:
     microbatch: Microbatch
     sequences: tuple[SequenceState, ...]
     group: Group | None
+
+
+def row_spec(sequence: SequenceState) -> RowSpec:
+    """What the stages must know of a row, sent with its first chunk."""
+    request = sequence.request
+    history = sequence.tokens if request.sampling.needs_history else request.emitted if request.grammar else ()
+    return RowSpec(
+        row=sequence.row,
+        sampling=request.sampling,
+        choice=request.choice,
+        first_index=len(request.emitted),
+        prompt_length=len(request.prompt) if request.sampling.needs_history else 0,
+        history=history,
+        grammar=request.grammar,
+        stop_token_ids=tuple(sorted(request.stop_token_ids)) if request.grammar else (),
+    )
