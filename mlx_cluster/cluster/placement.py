@@ -5,8 +5,9 @@ Does not own: where costs and budgets come from, or when to place anew (the coor
 Invariant: a returned placement covers every layer once and keeps every node within its budget; the same inputs give the
 same placement. Pure: no clock, no I/O.
 
-A decode step reads a node's weights once, so a stage's time is its bytes over the node's speed; the embedding is a
-lookup and takes memory only. Stages follow the order in which the nodes are given, and a node may be left out.
+A decode step reads a node's weights once, so a stage's time is its bytes over the node's speed, until a pipeline has
+run and its head was measured (``cluster.measured``); the embedding is a lookup and takes memory only. Stages follow the
+order in which the nodes are given, and a node may be left out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class ModelCosts:
 
     ``kv_bytes`` is the promised cache of one layer: it takes memory, not time. With ``tied`` the head reads the
     embedding, so the last stage holds it too. ``legal_cuts`` are the layers at which a stage may start (None: any).
+    ``head_layers`` is the measured time of the head in layers of average size (None: its bytes count).
     """
 
     embedding_bytes: int
@@ -39,10 +41,18 @@ class ModelCosts:
     tied: bool = False
     embedding_everywhere: bool = False
     legal_cuts: frozenset[int] | None = None
+    head_layers: float | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.layer_bytes)
+
+    @property
+    def head_cost(self) -> int:
+        """Bytes of weights that would be read in the time of the head."""
+        if self.head_layers is not None:
+            return round(self.head_layers * sum(self.layer_bytes) / max(1, self.num_layers))
+        return self.head_bytes + (self.embedding_bytes if self.tied else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +83,14 @@ class PlacedStage:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """``stages`` in layer order; ``reason`` says what decided."""
+    """``stages`` in layer order; ``reason`` says what decided.
+
+    ``slowest_cost`` is the time of the slowest stage, as bytes of weights that a node of speed 1 reads meanwhile.
+    """
 
     stages: tuple[PlacedStage, ...]
     reason: str
+    slowest_cost: float = 0.0
 
     @property
     def assignments(self) -> tuple[StageAssignment, ...]:
@@ -138,7 +152,7 @@ class _Table:
         self.costs, self.nodes = costs, nodes
         self.num_layers = costs.num_layers
         self._sums = [0, *accumulate(costs.layer_bytes)]
-        self._fastest = max(node.speed for node in nodes)
+        self.fastest = max(node.speed for node in nodes)
 
     def memory(self, start: int, end: int) -> int:
         """Bytes of weights and promised cache that a stage ``[start, end)`` holds."""
@@ -154,8 +168,8 @@ class _Table:
         """Bytes read per step over the node's speed."""
         read = self._sums[end] - self._sums[start]
         if end == self.num_layers:
-            read += self.costs.head_bytes + (self.costs.embedding_bytes if self.costs.tied else 0)
-        return round(read * (self._fastest / self.nodes[node].speed))
+            read += self.costs.head_cost
+        return round(read * (self.fastest / self.nodes[node].speed))
 
     def may_end(self, end: int) -> bool:
         """Whether the family of the model allows a stage to end before layer ``end``."""
@@ -294,4 +308,5 @@ def _placement(table: _Table, ranges: Sequence[_Range], reason: str) -> Placemen
                 f"{r.end - r.start} layers{extra}: {format_bytes(memory)}{budget}{speed}",
             )
         )
-    return Placement(tuple(stages), reason)
+    slowest = max(table.time(*r) for r in ranges) / table.fastest
+    return Placement(tuple(stages), reason, slowest)
