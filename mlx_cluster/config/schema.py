@@ -87,6 +87,8 @@ class ApiGatewaySection(Section):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
     keepalive_seconds: Annotated[float, Field(gt=0)] = 10.0
     idle_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds without a token before a stream is given up
+    total_timeout: Annotated[float, Field(gt=0)] = 3600.0  # seconds a whole answer may take
+    slow_reader_timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds a client may leave its stream unread
     # Names in a Host header that loopback answers to, beside its own: a page elsewhere may let its name point here.
     allowed_hosts: tuple[HostName, ...] = ()
     allowed_origins: tuple[Origin, ...] = ()  # of web pages elsewhere that may use this API (CORS)

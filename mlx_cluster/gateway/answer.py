@@ -23,7 +23,7 @@ from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
-from mlx_cluster.gateway.errors import is_internal
+from mlx_cluster.gateway.errors import SlowReader, is_internal
 from mlx_cluster.gateway.openai import Answered, Dialect, Head
 from mlx_cluster.gateway.parts import Part
 from mlx_cluster.gateway.prepare import Prepared, prepare
@@ -83,6 +83,7 @@ class GenerationResponse(Response):
         self._make_dialect = make_dialect
         self._answer_id = answer_id
         self._request_id = request_id
+        self._started_at = asyncio.get_running_loop().time()
 
     async def __call__(self, _scope: Any, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._exchange(send))
@@ -91,10 +92,13 @@ class GenerationResponse(Response):
         # The place is free and the engine's rows are released before the last bytes go out: a client that sends its
         # next request as soon as it has its answer must not find its own old one in the way.
         if self._ask.stream:
-            writer = EventWriter(send, self._gateway.settings.idle_timeout)
+            writer = EventWriter(send, self._gateway.settings.slow_reader_timeout)
             with self._gateway.place():
                 last = await self._stream(writer)
-            await writer.write(last)
+            try:
+                await writer.write(last)
+            except SlowReader:
+                raise ClientGone from None
             await writer.end()
             return
         with self._gateway.place():
@@ -108,7 +112,7 @@ class GenerationResponse(Response):
         """The body of an answer in one piece. Every error is raised, and becomes a status."""
         parts: list[list[Part]] = [[] for _ in range(self._ask.num_choices)]
         ends = [ChoiceEnd(index, "length", 0) for index in range(self._ask.num_choices)]
-        async with self._session() as (session, dialect):
+        async with self._within_total(), self._session() as (session, dialect):
             async for batch in session.batches():
                 for event in batch:
                     if isinstance(event, Delta):
@@ -125,10 +129,11 @@ class GenerationResponse(Response):
         async with self._session() as (session, dialect):
             await writer.start()
             try:
-                if opening := dialect.start(self._ask.num_choices):
-                    await writer.write(opening)
-                async for batch in session.batches():
-                    await writer.write(b"".join([_event(event, dialect) for event in batch]))
+                async with self._within_total():
+                    if opening := dialect.start(self._ask.num_choices):
+                        await writer.write(opening)
+                    async for batch in session.batches():
+                        await writer.write(b"".join([_event(event, dialect) for event in batch]))
             except ClientGone:
                 raise
             except Exception as error:  # noqa: BLE001 - the root of a stream: logged, and told to the client
@@ -136,9 +141,24 @@ class GenerationResponse(Response):
         return dialect.end(session.usage)
 
     @asynccontextmanager
+    async def _within_total(self) -> AsyncGenerator[None]:
+        """Raises ``DeadlineExceeded`` when the whole answer takes too long."""
+        seconds = self._gateway.settings.total_timeout
+        total = asyncio.timeout_at(self._started_at + seconds)
+        try:
+            async with total:
+                yield
+        except TimeoutError:
+            if not total.expired():
+                raise
+            raise DeadlineExceeded(
+                f"the answer was not whole within {seconds:g} s (api_gateway.total_timeout): ask for fewer tokens"
+            ) from None
+
+    @asynccontextmanager
     async def _session(self) -> AsyncGenerator[tuple[Session, Dialect]]:
         """An admitted session and its dialect; the engine's streams are closed at the end."""
-        started_at = asyncio.get_running_loop().time()
+        started_at = self._started_at
         prepared = await self._prepare()
         session = Session(prepared, self._gateway.limits, self._gateway.metrics, started_at)
         try:

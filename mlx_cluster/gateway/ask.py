@@ -17,6 +17,7 @@ MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # characters; matching costs its square in the worst case
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_MESSAGES = 8192  # of a conversation, or items of one
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from mlx_cluster import log
@@ -24,6 +25,11 @@ T = TypeVar("T")
 NUM_THREADS = 2
 
 
+def is_pattern(alias: str) -> bool:
+    """Whether an alias stands for every name of its form."""
+    return any(char in alias for char in "*?[")
+
+
 class Catalogue:
     def __init__(self, routes: Routes, load_tokenizer: Callable[[str], Tokenizer] = load) -> None:
         self._routes = routes
@@ -35,7 +41,10 @@ class Catalogue:
         return self._routes.models()
 
     def find(self, name: str) -> ServedModel:
-        """The model with this id or alias. Raises ``ModelNotFound`` and says which there are."""
+        """The model with this id, alias or alias pattern (``claude-*``; of several the longest).
+
+        Raises ``ModelNotFound`` and says which there are.
+        """
         models = self._routes.models()
         for model in models:
             if name == model.id:
@@ -43,6 +52,14 @@ class Catalogue:
         for model in models:
             if name in model.aliases:
                 return model
+        matches = [
+            (len(alias), model)
+            for model in models
+            for alias in model.aliases
+            if is_pattern(alias) and fnmatchcase(name, alias)
+        ]
+        if matches:
+            return max(matches, key=lambda match: match[0])[1]
         known = ", ".join(repr(model.id) for model in models) or "none"
         raise ModelNotFound(f"the model {name[:128]!r} does not exist; models of this cluster: {known}", param="model")
 

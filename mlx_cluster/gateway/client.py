@@ -78,6 +78,18 @@ async def send_within(send: Send, message: Message, seconds: float) -> None:
         raise ClientGone from None
 
 
+async def send_before(send: Send, message: Message, seconds: float) -> bool:
+    """Send one ASGI message; False when the client did not take it in time. Raises ``ClientGone`` when it left."""
+    try:
+        async with asyncio.timeout(seconds):
+            await send(message)
+    except TimeoutError:
+        return False
+    except OSError:
+        raise ClientGone from None
+    return True
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``; cancels it and raises ``ClientGone`` when the client leaves first.
 

@@ -56,6 +56,18 @@ class ResponseNotFound(InvalidRequest):
     code = "response_not_found"
 
 
+class HeadersTooLarge(InvalidRequest):
+    """The request's headers together are longer than a gateway reads."""
+
+    code = "headers_too_large"
+
+
+class SlowReader(ClusterError):
+    """The client did not take what it was sent for ``api_gateway.slow_reader_timeout``."""
+
+    code = "slow_reader"
+
+
 class MethodNotAllowed(InvalidRequest):
     """The path exists, with another method."""
 
@@ -94,13 +106,17 @@ FORMS: Mapping[type[ClusterError], HttpForm] = {
     BodyTimeout: HttpForm(408, "invalid_request_error", retry_is_useless=True),
     PayloadTooLarge: HttpForm(413, "invalid_request_error"),
     UnsupportedMediaType: HttpForm(415, "invalid_request_error"),
+    HeadersTooLarge: HttpForm(431, "invalid_request_error"),
     Overloaded: HttpForm(429, "rate_limit_error"),
     Unavailable: HttpForm(503, "server_error"),
     StageLost: HttpForm(503, "server_error"),
     RowFailed: HttpForm(500, "server_error", retry_is_useless=True),
     # Whoever waited the whole limit in a long queue only makes the queue longer by asking twice more.
     DeadlineExceeded: HttpForm(504, "server_error", retry_is_useless=True),
+    SlowReader: HttpForm(504, "server_error", retry_is_useless=True),  # only ever within a stream
 }
+# Clients wait as long as they are told, and some longer than their users: nothing here is worth more.
+MAX_RETRY_AFTER_SECONDS = 120.0
 INTERNAL = HttpForm(500, "server_error", retry_is_useless=True)
 
 
@@ -135,6 +151,7 @@ def error_headers(error: BaseException) -> dict[str, str]:
     headers: dict[str, str] = {}
     seconds = getattr(error, "retry_after_seconds", None)
     if seconds is not None:
+        seconds = min(seconds, MAX_RETRY_AFTER_SECONDS)
         headers["retry-after"] = str(max(1, math.ceil(seconds)))  # the header knows whole seconds only
         headers["retry-after-ms"] = str(math.ceil(seconds * 1000))
     if form_of(error).retry_is_useless:

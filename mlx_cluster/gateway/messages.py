@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
-from mlx_cluster.gateway.ask import MAX_STOP_LENGTH, Ask
+from mlx_cluster.gateway.ask import MAX_MESSAGES, MAX_STOP_LENGTH, Ask
 from mlx_cluster.gateway.formats import Effort, effort_values
 from mlx_cluster.gateway.messages_tools import MAX_TOOLS, AnyTool, ToolChoice, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
@@ -182,7 +182,7 @@ class Thinking(Body):
 
 class MessagesBody(Body):
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: SystemText = Field(default=[])
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     stop_sequences: Annotated[

@@ -21,7 +21,7 @@ from mlx_cluster import log
 from mlx_cluster.errors import ClusterError
 from mlx_cluster.gateway import messages_errors
 from mlx_cluster.gateway.client import ClientGone, Message, Receive, Send
-from mlx_cluster.gateway.errors import error_bytes, error_headers, form_of, is_internal
+from mlx_cluster.gateway.errors import HeadersTooLarge, error_bytes, error_headers, form_of, is_internal
 from mlx_cluster.gateway.origin import Headers, OriginPolicy
 from mlx_cluster.metrics import GatewayMetrics
 
@@ -29,6 +29,7 @@ _log = log.get("gateway")
 
 _ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 ANSWER_HEADERS = "answer_headers"  # in the exchange's state: more headers for its answer, whatever it will be
+MAX_HEADERS_BYTES = 64 * 1024
 CLIENT_GONE_STATUS = 499  # never sent, only counted
 
 
@@ -75,6 +76,7 @@ class Exchange:
             await send(message)
 
         try:
+            _check_headers(scope["headers"])
             self._policy.check(_text(asked.get(b"host")), origin)
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in asked:
                 await _send_whole(send_with_id, 204, self._policy.preflight_headers(asked), b"")
@@ -105,6 +107,14 @@ async def _send_error(error: Exception, request_id: str, send: Send, *, anthropi
 async def _send_whole(send: Send, status: int, headers: Headers, body: bytes) -> None:
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _check_headers(headers: Headers) -> None:
+    num_bytes = sum(len(name) + len(value) for name, value in headers)
+    if num_bytes > MAX_HEADERS_BYTES:
+        raise HeadersTooLarge(
+            f"the headers have {num_bytes} bytes, {MAX_HEADERS_BYTES} are read: send fewer, or shorter"
+        )
 
 
 def _text(value: bytes | None) -> str | None:

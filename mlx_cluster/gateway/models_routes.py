@@ -13,8 +13,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from mlx_cluster.errors import InvalidRequest
-from mlx_cluster.gateway import messages_errors
+from mlx_cluster.gateway import messages_errors, models_codex
 from mlx_cluster.gateway.answer import Gateway
+from mlx_cluster.gateway.catalogue import is_pattern
 from mlx_cluster.request import ServedModel
 
 DEFAULT_PAGE = 20
@@ -27,6 +28,8 @@ def add_models(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:
         models = gateway.catalogue.models()
+        if models_codex.asked(request.query_params):
+            return models_codex.model_list(models)
         if messages_errors.asked(request.scope):
             return _page(models, request)
         return {"object": "list", "data": [_openai(model) for model in models]}
@@ -43,7 +46,7 @@ def _openai(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "mlx-cluster",
-        "aliases": list(model.aliases),
+        **_aliases(model),
         "max_context": model.max_context,
         "max_model_len": model.max_context,  # where clients of other local servers look for it
         "context_length": model.max_context,
@@ -60,8 +63,16 @@ def _anthropic(model: ServedModel) -> dict[str, Any]:
         "created_at": created,
         "max_input_tokens": model.max_context,
         "max_tokens": model.max_context,
-        "aliases": list(model.aliases),
+        **_aliases(model),
         "state": model.state,
+    }
+
+
+def _aliases(model: ServedModel) -> dict[str, list[str]]:
+    """Other names of the model, and the forms of names (``claude-*``) that stand for it."""
+    return {
+        "aliases": [alias for alias in model.aliases if not is_pattern(alias)],
+        "alias_patterns": [alias for alias in model.aliases if is_pattern(alias)],
     }
 
 

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
-from mlx_cluster.gateway.ask import MAX_TOP_LOGPROBS, Ask
+from mlx_cluster.gateway.ask import MAX_MESSAGES, MAX_TOP_LOGPROBS, Ask
 from mlx_cluster.gateway.formats import Effort, effort_values
 from mlx_cluster.gateway.responses_tools import MAX_TOOLS, AnyChoice, AnyTool, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
@@ -182,7 +182,7 @@ class Reasoning(Body):
 
 class ResponsesBody(Body):
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    input: Annotated[Items, Field(min_length=1)]
+    input: Annotated[Items, Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0

@@ -16,7 +16,15 @@ from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
-from mlx_cluster.gateway.ask import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS, Ask
+from mlx_cluster.gateway.ask import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    MAX_TOP_LOGPROBS,
+    Ask,
+)
 from mlx_cluster.gateway.body import Body as Body  # the other dialects look for it here
 from mlx_cluster.gateway.chat_tools import MAX_CALLS, MAX_TOOLS, FunctionTool, ToolCall, ToolChoice, tool_use
 from mlx_cluster.gateway.formats import Effort, ResponseFormat, Structured, grammar_of, template_values
@@ -169,7 +177,7 @@ class SamplingBody(Structured):
 
 
 class ChatBody(SamplingBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

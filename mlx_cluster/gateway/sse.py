@@ -2,12 +2,14 @@
 
 Owns: the head of the response, writing with a deadline, comments, the end.
 Does not own: what stands in an event (a dialect's module).
-Invariant: every write has a deadline, so a client that stops reading cannot hold an engine's rows.
+Invariant: every write has a deadline, so a client that stops reading cannot hold an engine's rows: up to a bound it is
+waited for (the events that are ready, then the engine's stream, stand still), then its sequences are cancelled.
 """
 
 from __future__ import annotations
 
-from mlx_cluster.gateway.client import Send, send_within
+from mlx_cluster.gateway.client import Message, Send, send_before, send_within
+from mlx_cluster.gateway.errors import SlowReader
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -20,7 +22,10 @@ _HEADERS = [
 
 
 class EventWriter:
-    """Every method raises ``ClientGone`` when the client does not take what it is sent."""
+    """Every method raises ``ClientGone`` when the client left; ``write`` raises ``SlowReader`` when it is only slow.
+
+    After a ``SlowReader`` one more ``write`` may tell the client why its stream ends, should it read on.
+    """
 
     def __init__(self, send: Send, write_timeout_seconds: float) -> None:
         self._send = send
@@ -33,7 +38,12 @@ class EventWriter:
 
     async def write(self, data: bytes) -> None:
         """One or more whole events."""
-        await send_within(self._send, {"type": "http.response.body", "body": data, "more_body": True}, self._seconds)
+        message: Message = {"type": "http.response.body", "body": data, "more_body": True}
+        if not await send_before(self._send, message, self._seconds):
+            raise SlowReader(
+                f"nothing was read from this stream for {self._seconds:g} s (api_gateway.slow_reader_timeout): the "
+                "answer was given up; read it faster, or ask without stream"
+            )
 
     async def end(self) -> None:
         await send_within(self._send, {"type": "http.response.body", "body": b"", "more_body": False}, self._seconds)

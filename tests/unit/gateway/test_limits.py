@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlx_cluster.errors import Unavailable
 from mlx_cluster.tokenizer import Tokenizer
 from tests.fake_engine import Script, served_model
 from tests.unit.gateway.conftest import World, running
@@ -76,7 +77,7 @@ async def test_a_client_that_leaves_in_mid_stream_cancels_its_sequence(
 
 
 async def test_a_client_that_does_not_read_is_left(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
-    async with running(tokenizer_dir, tokenizer, idle_timeout=SOON) as world:
+    async with running(tokenizer_dir, tokenizer, slow_reader_timeout=SOON) as world:
         world.routes.served = [served_model(tokenizer_dir, max_context=1_000_000)]
         endless = 400_000
         engine = world.engine(Script(tokens=tokenizer.encode("a") * endless))
@@ -84,6 +85,54 @@ async def test_a_client_that_does_not_read_is_left(tokenizer_dir: Path, tokenize
         await engine.until(lambda: len(engine.cancelled) == 1)
         assert engine.num_emitted < endless  # what did not fit into buffers was never asked for
         await leave(writer)
+
+
+async def test_a_client_that_reads_on_too_late_finds_out_why(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    async with running(tokenizer_dir, tokenizer, slow_reader_timeout=2.0) as world:
+        world.routes.served = [served_model(tokenizer_dir, max_context=1_000_000)]
+        endless = 400_000
+        engine = world.engine(Script(tokens=tokenizer.encode("a") * endless))
+        reader, writer = await raw_request(world, {**CHAT, "stream": True, "max_tokens": endless}, read_buffer=4096)
+        await engine.until(lambda: len(engine.cancelled) == 1)
+        async with asyncio.timeout(20):
+            end = b""
+            while b"[DONE]" not in end:
+                end = end[-4096:] + await reader.read(65_536)
+        assert b'"code": "slow_reader"' in end
+        await leave(writer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_takes_too_long_is_given_up(
+    tokenizer_dir: Path, tokenizer: Tokenizer, stream: bool
+) -> None:
+    async with running(tokenizer_dir, tokenizer, total_timeout=SOON) as world:
+        engine = world.engine(Script(tokens=tokenizer.encode("hello w"), go=asyncio.Semaphore(1)))
+        answer = await world.http.post(PATH, json={**CHAT, "stream": stream})
+        assert "api_gateway.total_timeout" in answer.text
+        assert answer.status_code == (200 if stream else 504)
+        assert answer.text.endswith("data: [DONE]\n\n") == stream
+        assert len(engine.cancelled) == 1
+
+
+async def test_headers_are_bounded(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    async with running(tokenizer_dir, tokenizer) as world:
+        answer = await world.http.get("/v1/models", headers={"x-long": "x" * 65_536})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (431, "headers_too_large")
+
+
+async def test_nobody_is_sent_away_for_longer_than_two_minutes(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    async with running(tokenizer_dir, tokenizer) as world:
+        world.engine(Script(refuse=Unavailable("loading", retry_after_seconds=900.0)))
+        answer = await world.http.post(PATH, json=CHAT)
+        assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("120", "120000")
+
+
+async def test_json_that_is_nested_too_deep_is_refused(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    async with running(tokenizer_dir, tokenizer) as world:
+        body = b'{"model": "tiny", "messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+        answer = await world.http.post(PATH, content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
 async def test_one_request_too_many_is_refused_and_may_come_back(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:

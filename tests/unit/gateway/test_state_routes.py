@@ -21,6 +21,38 @@ async def test_models(world: World) -> None:
     assert (late.json()["id"], late.json()["state"], late.json()["object"]) == ("org/late", "loading", "model")
 
 
+async def test_alias_patterns_stand_for_every_name_of_their_form(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    async with running(tokenizer_dir, tokenizer) as world:
+        good = world.routes.served[0]
+        world.routes.served = [
+            dataclasses.replace(good, aliases=("claude-*", "gpt-4o")),
+            dataclasses.replace(good, id="org/large", aliases=("claude-opus-*",)),
+        ]
+        for name, found in {
+            "claude-sonnet-4-5": "tiny",
+            "claude-opus-4": "org/large",
+            "gpt-4o": "tiny",
+            "org/large": "org/large",
+        }.items():
+            assert (await world.sdk.models.retrieve(name)).id == found
+        assert (await world.http.get("/v1/models/gpt-5")).status_code == 404
+        listed = (await world.http.get("/v1/models")).json()["data"][0]
+        assert (listed["aliases"], listed["alias_patterns"]) == (["gpt-4o"], ["claude-*"])
+
+
+async def test_codex_gets_the_list_that_it_reads(world: World) -> None:
+    answer = await world.http.get("/v1/models", params={"client_version": "0.153.4"})
+    models = answer.json()["models"]
+    assert [model["slug"] for model in models] == ["tiny", "org/late"]
+    required = {
+        "display_name", "supported_reasoning_levels", "shell_type", "visibility", "supported_in_api", "priority",
+        "base_instructions", "supports_reasoning_summaries", "support_verbosity", "truncation_policy",
+        "supports_parallel_tool_calls", "experimental_supported_tools",
+    }  # fmt: skip
+    assert required <= models[0].keys()
+    assert (models[0]["context_window"], models[0]["input_modalities"]) == (512, ["text"])
+
+
 async def test_health_names_the_state_of_every_model(world: World) -> None:
     answer = await world.http.get("/health")
     assert answer.status_code == 200
