@@ -62,7 +62,7 @@ class SequenceRequest:
     ``emitted`` are ids that an earlier attempt already delivered; the engine prefills them after the prompt and the
     first new token gets index ``len(emitted)``. ``stop_token_ids`` end the sequence (the id is delivered too).
     Under a ``grammar`` the last stage lets only its tokens pass, and a stop token exactly where it may end.
-    ``tenant`` separates prefix caches, fairness and whatever else clients must not share; "" is everybody without a key.
+    ``tenant`` separates prefix caches, fairness and whatever else clients must not share; "" is all without a key.
     Higher ``priority`` is admitted earlier. A sequence that waits for a row longer than ``queue_seconds`` is given up.
     ``speculate`` overrides the engine's own judgement of drafts. ``key`` names a generation that a client may attach to
     again; such a one is held for a while when its stream breaks.

@@ -50,7 +50,7 @@ class _Book:
 
 @dataclass(slots=True)
 class Router:
-    """One per model and gateway. ``chance`` gives numbers in 0…1."""
+    """One per model and gateway; as many books as the model has names of replicas. ``chance`` gives numbers in 0…1."""
 
     policy: RoutingPolicy
     chance: Callable[[], float]
@@ -60,9 +60,6 @@ class Router:
     def choose(self, replicas: Sequence[Replica], prompt: Sequence[int], tenant: str, now: float) -> Replica:
         """One of ``replicas``, which must not be empty; ``sent`` is to follow."""
         assert replicas, "a caller with no replica says so itself"
-        for gone in self._books.keys() - {replica.pipeline for replica in replicas}:
-            if not self._books[gone].running:
-                del self._books[gone]
         books = {replica.pipeline: self._books.setdefault(replica.pipeline, _Book()) for replica in replicas}
         fit = [replica for replica in replicas if books[replica.pipeline].ejected_until <= now] or list(replicas)
         if len(fit) == 1:

@@ -163,6 +163,12 @@ class ModelEntry(Section):
     split: Split | None = None  # "10/9/9", in order of node ids; 0 leaves a node out
     aliases: tuple[str, ...] = ()
     max_context: Annotated[int, Field(ge=1)] | None = None
+    objective: Literal["throughput", "latency"] = "throughput"  # of automatic placement
+    replicas: Annotated[int, Field(ge=1, le=16)] = 1  # pipelines of this model, as many of them as fit
+    # Which replica serves a request.
+    routing: Literal["round_robin", "least_connections", "least_latency", "random", "weighted", "prefix_affinity"] = (
+        "prefix_affinity"
+    )
 
 
 class Settings(Section):

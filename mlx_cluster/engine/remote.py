@@ -29,7 +29,7 @@ SERVICE = "mlx_cluster.Engine"
 
 
 class EngineService:
-    """Serves this node's engines; ``resolve`` gives the engine of a model id or raises ``Unavailable``."""
+    """Serves this node's engines; ``resolve`` gives the engine of a pipeline or raises ``Unavailable``."""
 
     def __init__(self, resolve: Callable[[str], Engine]) -> None:
         self._resolve = resolve
@@ -43,11 +43,12 @@ class EngineService:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Generate": handler}),))
 
     async def _generate(
-        self, message: engine_pb2.SequenceRequest, _context: Any
+        self, message: engine_pb2.SequenceRequest, context: Any
     ) -> AsyncIterator[engine_pb2.SequenceEvent]:
         request = decode_sequence_request(message)
+        pipeline = dict(context.invocation_metadata())["pipeline"]
         try:
-            async with contextlib.aclosing(self._resolve(request.model).generate(request)) as events:
+            async with contextlib.aclosing(self._resolve(pipeline).generate(request)) as events:
                 async for event in events:
                     yield encode_event(event)
         except ClusterError as error:
@@ -55,9 +56,10 @@ class EngineService:
 
 
 class RemoteEngine:
-    """Implements ``request.Engine`` through an open channel to the engine's node."""
+    """Implements ``request.Engine`` for one pipeline through an open channel to its engine's node."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, pipeline: str) -> None:
+        self._metadata = (("pipeline", pipeline),)
         self._generate = channel.unary_stream(
             f"/{SERVICE}/Generate",
             request_serializer=engine_pb2.SequenceRequest.SerializeToString,
@@ -66,7 +68,7 @@ class RemoteEngine:
 
     async def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
         """See ``request.Engine``. A broken connection is ``StageLost`` once admitted, ``Unavailable`` before."""
-        call = self._generate(encode_sequence_request(request))
+        call = self._generate(encode_sequence_request(request), metadata=self._metadata)
         admitted = False
         try:
             async for message in call:

@@ -50,15 +50,15 @@ class Drivers:
         found = self._running.get(pipeline)
         return found[0].engine if found is not None else None
 
-    def resolve(self, model_id: str) -> Engine:
+    def resolve(self, pipeline: str) -> Engine:
         """For gateways of other nodes. Raises ``Unavailable`` with the state of the pipeline."""
-        engine = self.engine(model_id)
+        engine = self.engine(pipeline)
         if engine is not None:
             return engine
-        found = self._running.get(model_id)
+        found = self._running.get(pipeline)
         if found is None:
-            raise Unavailable(f"{model_id} is not driven by this node any more")
-        raise Unavailable(f"{model_id} is {found[0].status.state}: {found[0].status.detail}")
+            raise Unavailable(f"{pipeline} is not driven by this node any more")
+        raise Unavailable(f"{pipeline} is {found[0].status.state}: {found[0].status.detail}")
 
     async def _end(self, pipeline: str) -> None:
         _, task = self._running.pop(pipeline)

@@ -33,9 +33,9 @@ class Peers:
     async def put_document(self, node_id: int, document: ClusterDocument) -> None:
         await self.client(node_id).put_document(document)
 
-    def remote_engine(self, address: str) -> Engine:
-        """The engines of the node whose comms port this is."""
-        return RemoteEngine(self._channel(address))
+    def remote_engine(self, address: str, pipeline: str) -> Engine:
+        """The engine of a pipeline on the node whose comms port this is."""
+        return RemoteEngine(self._channel(address), pipeline)
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))

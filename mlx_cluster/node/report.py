@@ -181,13 +181,17 @@ def unplaced(view: ClusterView, leadership: Leadership) -> dict[str, str]:
 
 
 def model_state(model_id: str, view: ClusterView, leadership: Leadership, document: ClusterDocument) -> tuple[str, str]:
-    """(state, detail) of a configured model: ``ready``, ``loading`` or ``failed``."""
-    wanted = document.plan(model_id)
-    if wanted is not None:
-        status = driven(view, wanted)
-        if status is not None:
-            return status.state, status.detail
-        return "loading", f"waiting for {view.name_of(wanted.engine_node_id)} to take it up"
+    """(state, detail) of a configured model: ``ready`` (one replica is enough), ``loading`` or ``failed``."""
+    told: dict[str, str] = {}
+    for wanted in document.plans:
+        if wanted.model.id == model_id:
+            status = driven(view, wanted)
+            waits = f"waiting for {view.name_of(wanted.engine_node_id)} to take it up"
+            state, detail = (status.state, status.detail) if status is not None else ("loading", waits)
+            told.setdefault(state, detail)
+    for state in ("ready", "loading", "failed"):
+        if state in told:
+            return state, told[state]
     if why := unplaced(view, leadership).get(model_id):
         return "failed", why
     return "loading", "waiting for the coordinator to place it"

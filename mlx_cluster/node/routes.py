@@ -6,16 +6,20 @@ Invariant: an engine is handed out only for a pipeline whose driver says ``ready
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, cast
 
 from mlx_cluster.cluster.document import ClusterDocument
 from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.membership import ClusterView
+from mlx_cluster.cluster.routing import Replica, Router
 from mlx_cluster.config.schema import ModelEntry
 from mlx_cluster.errors import ModelNotFound, Unavailable
 from mlx_cluster.node import report
 from mlx_cluster.node.models import LocalModels
+from mlx_cluster.node.routing import ReadyReplica, RoutedEngine
 from mlx_cluster.request import Engine, ServedModel
 
 Picture = tuple[ClusterView, Leadership, ClusterDocument]
@@ -25,7 +29,7 @@ class NodeRoutes:
     """Implements ``request.Routes``.
 
     ``picture`` gives the view, the leader and the document as of now; ``local_engine`` the engine of a pipeline that
-    this node drives, or None; ``remote_engine`` one on another node, by its comms address.
+    this node drives, or None; ``remote_engine`` one on another node, by its comms address and pipeline.
     """
 
     def __init__(
@@ -34,10 +38,15 @@ class NodeRoutes:
         local: LocalModels,
         picture: Callable[[], Picture],
         local_engine: Callable[[str], Engine | None],
-        remote_engine: Callable[[str], Engine],
+        remote_engine: Callable[[str, str], Engine],
     ) -> None:
         self._models, self._local, self._picture = models, local, picture
         self._local_engine, self._remote_engine = local_engine, remote_engine
+        self._routed = {
+            model_id: RoutedEngine(partial(self._ready, model_id), Router(entry.routing, random.random))
+            for model_id, entry in models.items()
+            if entry.replicas > 1
+        }
 
     def models(self) -> list[ServedModel]:
         return [self._served(model_id, entry) for model_id, entry in self._models.items()]
@@ -49,19 +58,29 @@ class NodeRoutes:
                 f"the model {model_id!r} does not exist; models of this cluster: {', '.join(self._models) or 'none'}",
                 param="model",
             )
-        view, leadership, document = self._picture()
-        state, detail = report.model_state(model_id, view, leadership, document)
-        plan = document.plan(model_id)
-        engine: Engine | None = None
-        if state == "ready" and plan is not None:
+        ready = self._ready(model_id)
+        if not ready:
+            state, detail = report.model_state(model_id, *self._picture())
+            raise Unavailable(f"{model_id} is {state}: {detail or 'its engine is starting again'}")
+        return self._routed[model_id] if model_id in self._routed else ready[0].engine
+
+    def _ready(self, model_id: str) -> list[ReadyReplica]:
+        """The replicas of a model whose drivers say ``ready``, with their engines."""
+        view, _, document = self._picture()
+        found: list[ReadyReplica] = []
+        for plan in document.plans:
+            status = report.driven(view, plan) if plan.model.id == model_id else None
+            if status is None or status.state != "ready":
+                continue
             if plan.engine_node_id == view.self_id:
                 engine = self._local_engine(plan.pipeline)
             else:
                 node = view.node(plan.engine_node_id)
-                engine = self._remote_engine(node.status.comms_address) if node and node.status else None
-        if engine is None:
-            raise Unavailable(f"{model_id} is {state}: {detail or 'its engine is starting again'}")
-        return engine
+                status_there = node.status if node is not None else None
+                engine = self._remote_engine(status_there.comms_address, plan.pipeline) if status_there else None
+            if engine is not None:
+                found.append(ReadyReplica(Replica(plan.pipeline, float(plan.num_stages)), engine))
+        return found
 
     def _served(self, model_id: str, entry: ModelEntry) -> ServedModel:
         state, detail = report.model_state(model_id, *self._picture())

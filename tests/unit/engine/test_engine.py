@@ -164,9 +164,9 @@ async def test_a_stopped_engine_refuses(stages: list[FakeStage]) -> None:
 
 
 async def test_an_engine_on_another_node_gives_the_same_events_and_errors(engine: PipelineEngine) -> None:
-    def resolve(model: str) -> PipelineEngine:
-        if model != "m":
-            raise Unavailable(f"no engine for {model}", retry_after_seconds=3.5)
+    def resolve(pipeline: str) -> PipelineEngine:
+        if pipeline != "m#2":
+            raise Unavailable(f"no engine for {pipeline}", retry_after_seconds=3.5)
         return engine
 
     server = grpc.aio.server()
@@ -174,11 +174,11 @@ async def test_an_engine_on_another_node_gives_the_same_events_and_errors(engine
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        remote = RemoteEngine(channel)
+        remote = RemoteEngine(channel, "m#2")
         events = await collect(remote, request(tokens=3))
         assert [type(e) for e in events] == [Admitted, Token, Token, Token, Finished]
         with pytest.raises(Unavailable, match="no engine for x") as caught:
-            await collect(remote, SequenceRequest("r", "x", (1,), 1, Sampling()))
+            await collect(RemoteEngine(channel, "x"), request())
         assert caught.value.retry_after_seconds == 3.5
         async with contextlib.aclosing(remote.generate(request(tokens=90))) as stream:
             async for event in stream:

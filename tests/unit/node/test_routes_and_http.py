@@ -40,7 +40,11 @@ class World:
         self.self_id = 1
         self.local: Engine | None = None
         self.routes = NodeRoutes(
-            settings.models, models, self.picture, lambda _: self.local, lambda address: NamedEngine(address)
+            settings.models,
+            models,
+            self.picture,
+            lambda _: self.local,
+            lambda address, pipeline: NamedEngine(f"{address}/{pipeline}"),
         )
 
     def picture(self) -> Picture:
@@ -66,7 +70,7 @@ async def world(tiny_model: Path) -> World:
 def test_a_remote_engine_is_dialled_at_its_nodes_comms_port(world: World) -> None:
     engine = world.routes.engine_for("tiny")
     assert isinstance(engine, NamedEngine)
-    assert engine.name == "10.0.0.0:8101"
+    assert engine.name == "10.0.0.0:8101/tiny"
 
 
 def test_the_own_engine_is_used_where_it_is(world: World) -> None:
