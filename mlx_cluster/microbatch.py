@@ -21,6 +21,7 @@ class Kind(IntEnum):
     CONTROL = 0  # only rows and entries change: no forward pass, no hidden state, still reported
     PREFILL = 1  # one chunk of one row, on the row's own cache; or the first chunks of several fresh rows
     DECODE = 2  # one token for each row of one group
+    VERIFY = 3  # the last token of each row of one group and a draft of those behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,16 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Trim:
+    """The row has ``length`` positions: what was computed behind them was a draft that proved wrong."""
+
+    row: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Microbatch:
-    """A header. Before the forward pass the stage does, in this order: store, release, evict, admit, load.
+    """A header. Before the forward pass the stage does, in this order: trim, store, release, evict, admit, load.
 
     So a store listed with the microbatch behind a prompt's last chunk keeps exactly the prompt, and one beside the
     release of its row what that row had. ``evict`` names entries to forget; an entry id is never reused in an epoch.
@@ -74,6 +83,10 @@ class Microbatch:
     DECODE: ``rows`` lists *all* rows of ``group`` in batch order, ``tokens`` the last token of each. A row that was
     elsewhere (its prefill cache, another group) joins; a row that is no longer listed leaves and is kept aside until
     it is listed again or released.
+    VERIFY: as DECODE, but the rows' tokens are the last one and behind it a draft of the next (``lengths`` where rows
+    have different numbers of them). The last stage draws a token behind each, with the key of its index, and reports
+    those up to and including the first that differs from the draft. The rows run one after the other, each on its own
+    caches, which must be of a kind that can be cut: the next header that concerns the row trims what was rejected.
     ``sample`` says whether the last stage draws a token for each row (not for chunks before a prompt's last).
     """
 
@@ -89,6 +102,7 @@ class Microbatch:
     store: tuple[Store, ...] = ()
     load: tuple[Load, ...] = ()
     evict: tuple[int, ...] = ()
+    trim: tuple[Trim, ...] = ()
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
@@ -126,7 +140,7 @@ class FailedRow:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One per microbatch and stage. ``sampled`` comes from the last stage only.
+    """One per microbatch and stage. ``sampled`` comes from the last stage only; several of one row are in order.
 
     ``compute_seconds`` is done − max(dispatched, previous done); ``wait_seconds`` is how long header or hidden state
     kept the stage waiting before it; ``sent_bytes`` what it handed to its link. ``missing`` names rows whose ``Load``

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mlx_cluster import errors
 from mlx_cluster._pb import engine_pb2, stage_pb2
-from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store, Trim
 from mlx_cluster.request import Admitted, Event, Finished, Grammar, Sampling, SequenceRequest, Token
 
 # gRPC's default limit of 4 MiB is below one 512-token chunk of a 7B model (3.67 MB), so every channel and server
@@ -95,6 +95,7 @@ def encode_microbatch(value: Microbatch) -> stage_pb2.Microbatch:
         store=[stage_pb2.Store(row=s.row, entry=s.entry) for s in value.store],
         load=[stage_pb2.Load(row=item.row, entry=item.entry, length=item.length) for item in value.load],
         evict=value.evict,
+        trim=[stage_pb2.Trim(row=t.row, length=t.length) for t in value.trim],
     )
 
 
@@ -124,6 +125,7 @@ def decode_microbatch(message: stage_pb2.Microbatch) -> Microbatch:
         store=tuple(Store(s.row, s.entry) for s in message.store),
         load=tuple(Load(item.row, item.entry, item.length) for item in message.load),
         evict=tuple(message.evict),
+        trim=tuple(Trim(t.row, t.length) for t in message.trim),
     )
 
 

@@ -37,7 +37,7 @@ class StageFailure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Microbatch(_message.Message):
-    __slots__ = ("id", "kind", "group", "sample", "rows", "tokens", "admit", "release", "lengths", "store", "load", "evict")
+    __slots__ = ("id", "kind", "group", "sample", "rows", "tokens", "admit", "release", "lengths", "store", "load", "evict", "trim")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class Microbatch(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     EVICT_FIELD_NUMBER: _ClassVar[int]
+    TRIM_FIELD_NUMBER: _ClassVar[int]
     id: int
     kind: int
     group: int
@@ -62,7 +63,16 @@ class Microbatch(_message.Message):
     store: _containers.RepeatedCompositeFieldContainer[Store]
     load: _containers.RepeatedCompositeFieldContainer[Load]
     evict: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., kind: _Optional[int] = ..., group: _Optional[int] = ..., sample: _Optional[bool] = ..., rows: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., admit: _Optional[_Iterable[_Union[RowSpec, _Mapping]]] = ..., release: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., store: _Optional[_Iterable[_Union[Store, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[Load, _Mapping]]] = ..., evict: _Optional[_Iterable[int]] = ...) -> None: ...
+    trim: _containers.RepeatedCompositeFieldContainer[Trim]
+    def __init__(self, id: _Optional[int] = ..., kind: _Optional[int] = ..., group: _Optional[int] = ..., sample: _Optional[bool] = ..., rows: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., admit: _Optional[_Iterable[_Union[RowSpec, _Mapping]]] = ..., release: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., store: _Optional[_Iterable[_Union[Store, _Mapping]]] = ..., load: _Optional[_Iterable[_Union[Load, _Mapping]]] = ..., evict: _Optional[_Iterable[int]] = ..., trim: _Optional[_Iterable[_Union[Trim, _Mapping]]] = ...) -> None: ...
+
+class Trim(_message.Message):
+    __slots__ = ("row", "length")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    length: int
+    def __init__(self, row: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Store(_message.Message):
     __slots__ = ("row", "entry")

@@ -166,22 +166,28 @@ class Group:
         """A row's caches, for whoever copies them at once; the row stays."""
         return self._singles[row] if self._batch is None else self._extract(row)
 
-    def arrange(self, rows: Sequence[int], joining: Mapping[int, Caches]) -> dict[int, Caches]:
+    def arrange(self, rows: Sequence[int], joining: Mapping[int, Caches], *, apart: bool = False) -> dict[int, Caches]:
         """Make the group exactly ``rows`` in this order; ``joining`` are the caches of those that are not here yet.
 
+        ``apart`` asks for caches of each row's own, which can be cut one by one.
         Returns the caches of rows that left, for whoever keeps them aside.
         """
         wanted = set(rows)
         left = {row: self.take(row) for row in self.rows if row not in wanted}
-        if tuple(rows) == self.rows and not self._dead:
+        batched = self._batched and not apart and len(rows) >= 2
+        if tuple(rows) == self.rows and not self._dead and batched == (self._batch is not None):
             return left
-        if not self._batched or len(rows) < 2:
+        if not batched:
             self._singles = {row: joining[row] if row in joining else self._single(row) for row in rows}
             self._batch = None
         else:
             self._rebatch(rows, joining)
         self._rows, self._dead = list(rows), set()
         return left
+
+    def own(self, row: int) -> Caches | None:
+        """A row's own caches, to be changed in place; None while it is part of a batch."""
+        return self._singles.get(row)
 
     def parts(self) -> list[Part]:
         """What to run: one batch, or one part per row."""

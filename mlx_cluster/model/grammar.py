@@ -90,6 +90,25 @@ class RowGrammar:
         if not matcher.consume_token(token_id):
             raise RowFailed(f"the grammar does not allow token {token_id}: {matcher.get_error() or 'it has ended'}")
 
+    def masks(self, draft: Sequence[int]) -> list[NDArray[np.uint32]]:
+        """The mask of the next token, and those behind each token of a draft as far as the grammar allows it.
+
+        The state stays where it is. Raises ``RowFailed`` when no token may come next.
+        """
+        masks = [self.mask()]
+        matcher, consumed = self._compiled().matcher, 0
+        try:
+            for token in draft:
+                if matcher.try_consume_tokens([token]) != 1:
+                    break
+                consumed += 1
+                masks.append(self.mask())
+        except RowFailed:
+            pass  # it cannot go on behind this token; whether it comes to that is not said yet
+        finally:
+            matcher.rollback(consumed)
+        return masks
+
     def mask(self) -> NDArray[np.uint32]:
         """The mask of the next token: bit ``i % 32`` of word ``i // 32`` says whether token ``i`` may be drawn.
 

@@ -7,7 +7,7 @@ waits until it is computed, from any thread, and lets other Python threads run m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,5 +103,33 @@ class PendingTokens:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class PendingBlocks:
+    """Verification blocks on the last slice. ``tokens`` has a line for each position of each row.
+
+    ``drafts`` are those of the rows; ``usable`` says how many of a row's lines may count at all.
+    """
+
+    tokens: PendingTokens
+    drafts: Mapping[int, tuple[int, ...]]
+    usable: Mapping[int, int]
+
+    def wait(self) -> Outcome:
+        outcome = self.tokens.wait()
+        lines: dict[int, list[Sampled]] = {row: [] for row in self.drafts}
+        for line in outcome.sampled:
+            lines[line.row].append(line)
+        verified = (line for row, mine in lines.items() for line in self._verified(row, mine))
+        return replace(outcome, sampled=tuple(verified))
+
+    def _verified(self, row: int, lines: Sequence[Sampled]) -> Sequence[Sampled]:
+        """Up to and including the first that the draft does not have."""
+        for index, (line, guess) in enumerate(zip(lines, self.drafts[row], strict=False)):
+            if line.token_id != guess:
+                return lines[: min(index + 1, self.usable[row])]
+        return lines[: self.usable[row]]
+
+
 def _all_failed(rows: Sequence[int], error: Exception) -> tuple[FailedRow, ...]:
-    return tuple(FailedRow(row, f"the computation of this microbatch failed: {error}") for row in rows)
+    message = f"the computation of this microbatch failed: {error}"
+    return tuple(FailedRow(row, message) for row in dict.fromkeys(rows))  # a verification block names a row repeatedly

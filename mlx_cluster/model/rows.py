@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlx_cluster import log
-from mlx_cluster.microbatch import Kind, Load, Microbatch, RowSpec, Store
+from mlx_cluster.errors import RowFailed
+from mlx_cluster.microbatch import Kind, Load, Microbatch, RowSpec, Store, Trim
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import sampling
 from mlx_cluster.model.cache import Caches, Group
@@ -32,6 +33,7 @@ logger = log.get("model.rows")
 class Row:
     """A row's place (``caches`` of its own, or ``group``), its ``positions`` there, and what its draws depend on.
 
+    ``draft`` are the last of these positions as long as nobody has said which of them stay.
     ``problem`` says why it cannot be executed; ``missing``, that it should have begun with an entry that is not here.
     """
 
@@ -40,6 +42,7 @@ class Row:
     group: int | None = None
     positions: int = 0
     drawn: int = 0
+    draft: tuple[int, ...] = ()
     seen: Counter[int] = field(default_factory=Counter)
     emitted: Counter[int] = field(default_factory=Counter)
     problem: str | None = None
@@ -57,6 +60,25 @@ class Row:
         self.drawn += 1
         return Draw(self.spec.sampling, self.spec.choice, index, self.seen, self.emitted)
 
+    def draws(self, draft: Sequence[int]) -> list[Draw]:
+        """The row's next draw and one behind each token of a draft; counts them all."""
+        draws = [self.draw()]
+        for token in draft:
+            draw = self.draw()
+            if self.spec.sampling.needs_history:
+                more = Counter({token: 1})
+                draw = replace(draw, seen=draws[-1].seen + more, emitted=draws[-1].emitted + more)
+            draws.append(draw)
+        return draws
+
+    def settle(self) -> None:
+        """What is left of the draft is what the row says."""
+        draft, self.draft = self.draft, ()
+        for token in draft:
+            self.remember(token)
+            if self.grammar is not None:
+                self.grammar.consume(token)
+
     def remember(self, token: int) -> None:
         if self.spec.sampling.needs_history:
             self.seen[token] += 1
@@ -70,6 +92,7 @@ class Rows:
         self._part, self._grammars = part, grammars
         self._rows: dict[int, Row] = {}
         self._groups: dict[int, Group] = {}
+        self._cuts = row_cache.always_cuts(part.make_caches())
         self.entries = Entries()
 
     def __len__(self) -> int:
@@ -90,6 +113,11 @@ class Rows:
 
     def change(self, header: Microbatch) -> tuple[int, ...]:
         """What a header asks for before the forward pass; the rows whose entry is missing."""
+        for cut in header.trim:
+            self._trim(cut)
+        for name in header.rows:
+            if name in self._rows:
+                self._settle(self._rows[name])
         for item in header.store:
             self._store(item)
         for row in header.release:
@@ -100,11 +128,14 @@ class Rows:
             self._admit(spec)
         return tuple(item.row for item in header.load if not self._load(item))
 
-    def arrange(self, name: int, rows: Sequence[int]) -> list[row_cache.Part]:
-        """Make a group exactly these rows, in this order, wherever they are now; gives what to run."""
+    def arrange(self, name: int, rows: Sequence[int], *, apart: bool = False) -> list[row_cache.Part]:
+        """Make a group exactly these rows, in this order, wherever they are now; gives what to run.
+
+        ``apart`` keeps each on caches of its own, which can be cut.
+        """
         group = self._groups.setdefault(name, Group(batched=self._part.can_batch))
         joining = {row: self._leave(row) for row in rows if self._rows[row].group != name}
-        for row, caches in group.arrange(rows, joining).items():
+        for row, caches in group.arrange(rows, joining, apart=apart).items():
             self._rows[row].caches, self._rows[row].group = caches, None
         for row in rows:
             self._rows[row].caches, self._rows[row].group = None, name
@@ -136,8 +167,10 @@ class Rows:
             return f"row {row} is not known here: it was never admitted, or is released"
         if known.problem is not None:
             return known.problem
-        if header.kind is Kind.DECODE and known.is_fresh:
+        if header.kind in (Kind.DECODE, Kind.VERIFY) and known.is_fresh:
             return f"row {row} has no cache here: its prompt was not run"
+        if header.kind is Kind.VERIFY and not self._cuts:
+            return f"row {row} cannot try a draft: some cache of these layers cannot be cut"
         for token in tokens:
             if not 0 <= token < self._part.vocab_size:
                 return f"token {token} is outside the vocabulary of {self._part.vocab_size}"
@@ -151,6 +184,34 @@ class Rows:
             emitted = spec.history[spec.prompt_length :]
             row.grammar = self._grammars.begin(spec.grammar, emitted, spec.stop_token_ids)
         self._rows[spec.row] = row
+
+    def _trim(self, cut: Trim) -> None:
+        """Take back what was rejected of the row's draft."""
+        row = self._rows.get(cut.row)
+        if row is None or row.missing or row.problem is not None:
+            return
+        surplus = row.positions - cut.length
+        caches = row.caches if row.group is None else self._groups[row.group].own(cut.row)
+        if not 0 <= surplus <= len(row.draft) or caches is None:
+            self.spoil(
+                cut.row,
+                f"row {cut.row} has {row.positions} positions, {len(row.draft)} of them drafts: it cannot be cut to "
+                f"{cut.length}",
+            )
+            return
+        if surplus:
+            for cache in caches:
+                cache.trim(surplus)
+        row.positions -= surplus
+        row.drawn -= surplus
+        row.draft = row.draft[: len(row.draft) - surplus]
+        self._settle(row)
+
+    def _settle(self, row: Row) -> None:
+        try:
+            row.settle()
+        except RowFailed as error:
+            row.problem = str(error)
 
     def _store(self, item: Store) -> None:
         """Keep a copy of a row, if there is one: who wants to begin with it is told otherwise."""

@@ -9,7 +9,7 @@ reads arrays that were handed to ``async_eval``. One row's trouble leaves every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import prompts, sampling, state
 from mlx_cluster.model.grammar import Grammars
 from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, load_slice
-from mlx_cluster.model.pending import Finished, Incomplete, PendingFill, PendingFrame, PendingTokens
+from mlx_cluster.model.pending import Finished, Incomplete, PendingBlocks, PendingFill, PendingFrame, PendingTokens
 from mlx_cluster.model.rows import COMPUTE_ERRORS, Rows
 from mlx_cluster.model.slice import Head
 from mlx_cluster.request import Sampling
@@ -193,7 +193,7 @@ class SliceRunner:
         if not good:
             return Finished(self._nothing(header, failed))
         parts = self._prefill_parts(header, good) if header.kind is Kind.PREFILL else self._decode_parts(header, good)
-        head: Head = "last" if header.sample else "none"
+        head: Head = "none" if not header.sample else "all" if header.kind is Kind.VERIFY else "last"
         outputs: list[list[mx.array]] = []
         cached: list[Any] = []
         order: list[int] = []  # rows of the outputs, as indices into the header's
@@ -209,8 +209,12 @@ class SliceRunner:
             order += at
         for index in good:
             self._rows[header.rows[index]].positions += len(tokens[index])
-        output = [_concatenate(leaf) for leaf in zip(*outputs, strict=True)]
         failures = tuple(FailedRow(row, message) for row, message in failed.items())
+        if self.slice.last and header.kind is Kind.VERIFY:
+            lines = _concatenate([logits.reshape(-1, logits.shape[-1]) for (logits,) in outputs])
+            blocks = {header.rows[index]: tokens[index] for index in order}
+            return self._verify(lines, blocks, cached, failures)
+        output = [_concatenate(leaf) for leaf in zip(*outputs, strict=True)]
         if self.slice.last:
             return self._answer(header, output, order, cached, failures)
         frame = state.pack(header.id, [_spread(array, order, len(header.rows)) for array in output])
@@ -253,6 +257,45 @@ class SliceRunner:
         wanted = [self._rows[row].spec.sampling.top_logprobs for row in rows]
         return PendingTokens(drawn, rows, wanted, failures)
 
+    def _verify(
+        self,
+        lines: mx.array,
+        blocks: Mapping[int, tuple[int, ...]],
+        cached: Sequence[Any],
+        failures: tuple[FailedRow, ...],
+    ) -> Pending:
+        """On the last slice: draw a token behind each of each row's; ``lines`` are the logits of all, row by row.
+
+        Each draw is what it would be without a draft: its key is that of its index, and grammar and history stand where
+        the tokens before it put them.
+        """
+        if any(self._rows[row].grammar is not None for row in blocks):
+            async_eval(lines, cached)
+        rows: list[int] = []
+        draws: list[sampling.Draw] = []
+        masks: dict[int, Any] = {}
+        usable: dict[int, int] = {}
+        for row, block in blocks.items():
+            known = self._rows[row]
+            usable[row] = len(block)
+            if known.grammar is not None:
+                try:
+                    known.grammar.consume(block[0])
+                    mine = known.grammar.masks(block[1:])
+                except RowFailed as error:
+                    known.problem = str(error)
+                    failures += (FailedRow(row, str(error)),)
+                    mine = []
+                masks |= {len(rows) + at: mask for at, mask in enumerate(mine)}
+                usable[row] = len(mine)
+            rows += [row] * len(block)
+            draws += known.draws(block[1:])
+        drawn = sampling.sample(lines, draws, masks)
+        async_eval(drawn.arrays(), cached)
+        wanted = [draw.sampling.top_logprobs for draw in draws]
+        tokens = PendingTokens(drawn, rows, wanted, failures)
+        return PendingBlocks(tokens, {row: block[1:] for row, block in blocks.items()}, usable)
+
     def _masks(self, header: Microbatch, rows: Sequence[int]) -> tuple[dict[int, Any], tuple[FailedRow, ...]]:
         """Masks by index in ``rows``, and the rows whose grammar cannot go on. A decode step's token is consumed."""
         masks: dict[int, Any] = {}
@@ -281,9 +324,13 @@ class SliceRunner:
         return shared + [row_cache.Part((at,), self._rows.own_caches(header.rows[good[at]])) for at in alone]
 
     def _decode_parts(self, header: Microbatch, good: list[int]) -> list[row_cache.Part]:
-        parts = self._rows.arrange(header.group, [header.rows[index] for index in good])
+        apart = header.kind is Kind.VERIFY
+        parts = self._rows.arrange(header.group, [header.rows[index] for index in good], apart=apart)
+        tokens = header.row_tokens()
         for index in good:
-            self._rows[header.rows[index]].remember(header.tokens[index])
+            row = self._rows[header.rows[index]]
+            row.remember(tokens[index][0])
+            row.draft = tokens[index][1:]
         return parts
 
     # -- frames --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_cluster import errors, wire
 from mlx_cluster._pb import engine_pb2, stage_pb2
-from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store, Trim
 from mlx_cluster.request import Admitted, Finished, Grammar, Sampling, SequenceRequest, Token
 
 small = st.integers(0, 2**31)
@@ -56,6 +56,7 @@ microbatches = st.builds(
     store=st.lists(st.builds(Store, row=small, entry=small), max_size=3).map(tuple),
     load=st.lists(st.builds(Load, row=small, entry=small, length=small), max_size=3).map(tuple),
     evict=ids,
+    trim=st.lists(st.builds(Trim, row=small, length=small), max_size=3).map(tuple),
 )
 reports = st.builds(
     Report,
