@@ -24,10 +24,14 @@ def step_seconds(spec: EmulationSpec, header: Microbatch) -> float:
             return spec.seconds_per_step + len(header.tokens) * spec.seconds_per_prompt_token
         case Kind.DECODE:
             return spec.seconds_per_step + len(header.rows) * spec.seconds_per_row
+        case Kind.VERIFY:  # to the layers a position is a row
+            return spec.seconds_per_step + len(header.tokens) * spec.seconds_per_row
 
 
 def scripted_token(spec: EmulationSpec, seed: int, choice: int, index: int) -> int:
     """The token an emulated last stage "draws": keyed as a real draw, so a resumed request gets the same ones."""
+    if spec.repeat_after:
+        index %= spec.repeat_after
     return spec.first_token_id + (seed * 31 + choice * 17 + index * 7) % spec.num_token_ids
 
 
@@ -87,7 +91,19 @@ class EmulatedRunner:
             return Outcome()
         if not self._last:
             return Outcome(frame=self._frame(header))
+        if header.kind is Kind.VERIFY:
+            blocks = zip(header.rows, header.row_tokens(), strict=True)
+            return Outcome(sampled=tuple(drawn for row, tokens in blocks for drawn in self._verify(row, tokens[1:])))
         return Outcome(sampled=tuple(self._draw(row) for row in header.rows) if header.sample else ())
+
+    def _verify(self, row: int, draft: tuple[int, ...]) -> list[Sampled]:
+        """Tokens up to and including the first that the draft does not have."""
+        drawn = [self._draw(row)]
+        for guess in draft:
+            if drawn[-1].token_id != guess:
+                break
+            drawn.append(self._draw(row))
+        return drawn
 
     def _draw(self, row: int) -> Sampled:
         spec = self._rows[row]

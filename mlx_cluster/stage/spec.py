@@ -23,10 +23,12 @@ TICK_SECONDS = 1.0
 class EmulationSpec:
     """A stage that sleeps instead of computing: stands in for an accelerator-bound machine.
 
-    A decode step of ``b`` rows takes ``seconds_per_step + b * seconds_per_row``, a chunk of ``l`` tokens
-    ``seconds_per_step + l * seconds_per_prompt_token``; ``burn_python_seconds`` of it hold the GIL, as building a real
-    graph does. Hidden states are bfloat16 of width ``hidden_size``; the last stage's tokens lie in
-    ``first_token_id … first_token_id + num_token_ids - 1`` (printable characters of a byte-level vocabulary).
+    A decode step of ``b`` rows takes ``seconds_per_step + b * seconds_per_row``, and so does a verification block of
+    ``b`` positions; a chunk of ``l`` tokens takes ``seconds_per_step + l * seconds_per_prompt_token``.
+    ``burn_python_seconds`` of it hold the GIL, as building a real graph does. Hidden states are bfloat16 of width
+    ``hidden_size``; the last stage's tokens lie in ``first_token_id … first_token_id + num_token_ids - 1`` (printable
+    characters of a byte-level vocabulary) and begin again after ``repeat_after`` of them, if that is not 0: a text that
+    drafts can guess.
     """
 
     seconds_per_row: float = 0.0
@@ -36,6 +38,7 @@ class EmulationSpec:
     hidden_size: int = 3584
     first_token_id: int = 32
     num_token_ids: int = 90
+    repeat_after: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,12 @@ def runner(spec: EmulationSpec = SPEC, *, last: bool = False) -> tuple[EmulatedR
 SEVERAL = Microbatch(4, Kind.PREFILL, rows=(1, 2, 3), tokens=tuple(range(8)), lengths=(1, 5, 2))
 
 
-@pytest.mark.parametrize(("header", "seconds"), [(PREFILL, 4.0), (SEVERAL, 4.0), (DECODE, 3.0), (CONTROL, 0.0)])
+VERIFY = Microbatch(5, Kind.VERIFY, rows=(1,), tokens=(9, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [(PREFILL, 4.0), (SEVERAL, 4.0), (DECODE, 3.0), (VERIFY, 4.0), (CONTROL, 0.0)]
+)
 def test_the_cost_of_a_microbatch(header: Microbatch, seconds: float) -> None:
     assert step_seconds(SPEC, header) == seconds
 
@@ -105,3 +110,20 @@ def test_burnt_python_time_is_part_of_the_step() -> None:
     assert next(ticks) > 10
     pending.wait()
     assert 80 <= slept[0] <= 90
+
+
+def test_a_draft_is_accepted_up_to_the_first_token_that_differs() -> None:
+    emulated, _ = runner(replace(SPEC, repeat_after=3), last=True)
+    admit = (RowSpec(1, Sampling(seed=3), choice=0),)
+    first = emulated.submit(Microbatch(0, Kind.PREFILL, (1,), (5,), sample=True, admit=admit), None).wait()
+    said = [first.sampled[0].token_id]
+    expected = [scripted_token(replace(SPEC, repeat_after=3), 3, 0, index) for index in range(9)]
+    assert expected[:3] == expected[3:6] == expected[6:]
+    for right, wrong in ((2, 0), (0, 2), (1, 3)):
+        draft = [*expected[len(said) : len(said) + right], *[0] * wrong]
+        header = Microbatch(1, Kind.VERIFY, (1,), (said[-1], *draft), sample=True)
+        sampled = emulated.submit(header, None).wait().sampled
+        assert len(sampled) == right + 1
+        said += [one.token_id for one in sampled]
+    assert said == expected[: len(said)]
+    assert len(said) == 7
