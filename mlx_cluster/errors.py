@@ -96,6 +96,12 @@ class Overloaded(ClusterError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class QueueTimeout(Overloaded):
+    """The request waited for a row as long as it may; it was not begun."""
+
+    code = "queue_timeout"
+
+
 # -- the cluster acts (and a client may retry) --------------------------------------------------
 
 

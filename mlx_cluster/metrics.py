@@ -47,6 +47,18 @@ class GatewayMetrics:
         self.completion_tokens = Counter(
             "mlx_cluster_gateway_completion_tokens", "Tokens received from engines", ["model"], registry=registry
         )
+        self.key_requests = Counter(
+            "mlx_cluster_gateway_key_requests",
+            "Generation requests by the name of their key (other: not listed in the settings; none: without a key)",
+            ["key"],
+            registry=registry,
+        )
+        self.key_tokens = Counter(
+            "mlx_cluster_gateway_key_tokens",
+            "Prompt and completion tokens by the name of the key",
+            ["key", "kind"],
+            registry=registry,
+        )
         self.ttft_seconds = Histogram(
             "mlx_cluster_gateway_ttft_seconds",
             "Seconds from a parsed request to its first token",
@@ -60,6 +72,12 @@ class GatewayMetrics:
             ["code"],
             registry=registry,
         )
+
+    def count_key(self, key: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """One request of a key, whatever became of it. ``key`` is a name from the settings, never a client's."""
+        self.key_requests.labels(key).inc()
+        self.key_tokens.labels(key, "prompt").inc(prompt_tokens)
+        self.key_tokens.labels(key, "completion").inc(completion_tokens)
 
 
 class Metrics:

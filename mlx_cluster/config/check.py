@@ -26,6 +26,7 @@ def check(settings: Settings, place_of: PlaceOf) -> None:
         if node_id in named:
             raise _error(f"{ref!r} and {named[node_id]!r} are the same node: join them", ("nodes", ref), place_of)
         named[node_id] = ref
+    _check_keys(settings, place_of)
     names: dict[str, str] = {}
     for model_id, model in settings.models.items():
         _check_model(settings, model_id, model, place_of)
@@ -53,10 +54,32 @@ def _check_nodes(settings: Settings, place_of: PlaceOf) -> None:
         names.add(node_name(entry))
 
 
+def _check_keys(settings: Settings, place_of: PlaceOf) -> None:
+    names, hashes = {"none", "other"}, dict[str, str]()
+    for index, key in enumerate(settings.api_gateway.keys):
+        at = ("api_gateway", "keys", index)
+        if key.name in names:
+            why = "is what metrics call every key that is not listed" if key.name in ("none", "other") else "is taken"
+            raise _error(f"the key's name {key.name!r} {why}: give it another", (*at, "name"), place_of)
+        if key.tenant in hashes:
+            raise _error(f"{key.name!r} and {hashes[key.tenant]!r} are the same key", (*at, "sha256"), place_of)
+        names.add(key.name)
+        hashes[key.tenant] = key.name
+
+
 def _check_model(settings: Settings, model_id: str, model: ModelEntry, place_of: PlaceOf) -> None:
     at: Path = ("models", model_id)
     if model.split is not None and model.sharding:
         raise _error(f"models.{model_id} has both 'split' and 'sharding': keep one", (*at, "split"), place_of)
+    batching = model.batching
+    longest = batching.prefill_chunk or settings.scheduler.prefill_chunk
+    if batching.min_chunk is not None and batching.min_chunk > longest:
+        raise _error(
+            f"min_chunk is {batching.min_chunk}, but the longest chunk (prefill_chunk) is {longest}: lower one or "
+            "raise the other",
+            (*at, "batching", "min_chunk"),
+            place_of,
+        )
     owners: dict[int, str] = {}
     for ref, shard in model.sharding.items():
         here = (*at, "sharding", ref)

@@ -79,6 +79,32 @@ class CoordinatorSection(Section):
     failure_threshold: Annotated[int, Field(ge=1)] = 3
 
 
+# Who may ask to be served how early: an engine takes the highest waiting priority first.
+MIN_PRIORITY, MAX_PRIORITY = -10, 10
+Priority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
+# So much of a key's hash names its tenant: enough to tell keys apart, too little to look one up.
+TENANT_HEX_DIGITS = 16
+
+
+class KeySettings(Section):
+    """What one API key may do against others. The key itself stands nowhere: ``sha256`` is its hash, in hexadecimal.
+
+    This is no authentication: a key that is not listed is served too, as a tenant of its own with these defaults.
+    ``priority`` is the highest its requests may have, and what they have when they ask for none. Among equal priorities
+    ``weight`` is its part of the tokens. ``max_waiting`` bounds its sequences that wait for a row, in each pipeline.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    priority: Priority = 0
+    weight: Annotated[float, Field(ge=0.01, le=1000)] = 1.0
+    max_waiting: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def tenant(self) -> str:
+        return self.sha256[:TENANT_HEX_DIGITS]
+
+
 class ApiGatewaySection(Section):
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -92,6 +118,10 @@ class ApiGatewaySection(Section):
     # Names in a Host header that loopback answers to, beside its own: a page elsewhere may let its name point here.
     allowed_hosts: tuple[HostName, ...] = ()
     allowed_origins: tuple[Origin, ...] = ()  # of web pages elsewhere that may use this API (CORS)
+    queue_timeout: Annotated[float, Field(gt=0)] | None = (
+        None  # seconds a sequence may wait for a row; default: timeout
+    )
+    keys: tuple[KeySettings, ...] = ()
 
 
 class NetworkSection(Section):
@@ -113,6 +143,15 @@ class PrefixCacheSection(Section):
     min_tokens: Annotated[int, Field(ge=1)] = 32  # shorter common beginnings are computed again
 
 
+class ResponseCacheSection(Section):
+    """Answers of deterministic requests (greedy, or with the client's own seed), given again without computing."""
+
+    enabled: bool = False
+    max_bytes: MemoryAmount = "64MB"  # in memory, and the same again in the file
+    ttl_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    path: str | None = None  # an SQLite file that outlives the node; default: memory only
+
+
 class RuntimeSection(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     dequantize: Literal["auto", "always", "never"] = "auto"
@@ -121,6 +160,7 @@ class RuntimeSection(Section):
     load_timeout: Annotated[float, Field(gt=0)] = 600.0
     hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
     prefix_cache: PrefixCacheSection = PrefixCacheSection()
+    response_cache: ResponseCacheSection = ResponseCacheSection()
 
 
 class SchedulerSection(Section):
@@ -129,6 +169,8 @@ class SchedulerSection(Section):
     prefill_chunk: Annotated[int, Field(ge=1, le=8192)] = 256  # tokens
     max_prompts: Annotated[int, Field(ge=1, le=256)] = 16  # short prompts that may share a chunk
     max_groups: Annotated[int, Field(ge=1, le=64)] | None = None  # default: one per stage, plus one
+    ageing_seconds: Annotated[float, Field(gt=0)] = 15.0  # a priority that is not served counts one higher each time
+    share_identical: bool = False  # identical greedy requests of one key that run at once are computed once
 
 
 class LogSection(Section):
@@ -154,6 +196,16 @@ class StageSharding(Section):
     includes_output_head: bool = False
 
 
+class BatchingSection(Section):
+    """How one model's pipeline batches, where it should differ from ``scheduler``."""
+
+    max_batch: Annotated[int, Field(ge=1, le=1024)] | None = None  # sequences decoding at once: scheduler.max_rows
+    max_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0  # how long a lone first prompt waits for company
+    prefill_chunk: Annotated[int, Field(ge=1, le=8192)] | None = None  # the longest chunk of a prompt, in tokens
+    min_chunk: Annotated[int, Field(ge=1, le=8192)] | None = None  # the shortest that a prompt is cut into
+    max_prompts: Annotated[int, Field(ge=1, le=256)] | None = None  # short prompts that may share a chunk
+
+
 class ModelEntry(Section):
     """One model of models.yaml. ``path`` is a directory or a Hugging Face repository id."""
 
@@ -169,6 +221,7 @@ class ModelEntry(Section):
     routing: Literal["round_robin", "least_connections", "least_latency", "random", "weighted", "prefix_affinity"] = (
         "prefix_affinity"
     )
+    batching: BatchingSection = BatchingSection()
 
 
 class Settings(Section):

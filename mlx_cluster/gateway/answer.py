@@ -24,6 +24,7 @@ from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
 from mlx_cluster.gateway.errors import SlowReader, is_internal
+from mlx_cluster.gateway.keys import Keys
 from mlx_cluster.gateway.openai import Answered, Dialect, Head
 from mlx_cluster.gateway.parts import Part
 from mlx_cluster.gateway.prepare import Prepared, prepare
@@ -45,6 +46,10 @@ class Gateway:
     settings: ApiGatewaySection
     metrics: GatewayMetrics
     in_flight: int = field(default=0)
+    keys: Keys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.settings)
 
     @contextmanager
     def place(self) -> Generator[None]:
@@ -166,6 +171,9 @@ class GenerationResponse(Response):
                 await session.admitted()
                 yield session, self._make_dialect(self._head(prepared, session.usage), prepared.tokenizer)
         finally:
+            self._gateway.metrics.count_key(
+                self._ask.caller.label, session.usage.prompt_tokens, session.usage.completion_tokens
+            )
             _log.info(
                 "generation",
                 request=self._request_id,

@@ -23,7 +23,7 @@ from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import read_json_body
 from mlx_cluster.gateway.errors import MethodNotAllowed, RouteNotFound
-from mlx_cluster.gateway.incoming import has_effect, name_dropped
+from mlx_cluster.gateway.incoming import asked_by, has_effect, name_dropped
 from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
 from mlx_cluster.gateway.models_routes import add_models
@@ -89,6 +89,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
             name_dropped(request, ask.hints)
         # The engine's id is ours alone: a client's x-request-id need not be unique in the cluster.
         answer_id = f"{prefix}-{secrets.token_hex(12)}"
+        ask = asked_by(request, ask, gateway)
         return GenerationResponse(gateway, ask, make_dialect, answer_id, request.state.request_id)
 
     @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from mlx_cluster.config.schema import MAX_PRIORITY, MIN_PRIORITY
+from mlx_cluster.gateway.keys import NOBODY, Caller
 from mlx_cluster.request import Grammar, Sampling
 
 MAX_CHOICES = 16
@@ -18,6 +22,8 @@ MAX_STOP_LENGTH = 256  # characters; matching costs its square in the worst case
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 8192  # of a conversation, or items of one
+
+AskedPriority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +86,6 @@ class Ask:
     tool_use: ToolUse | None = None
     grammar: Grammar | None = None
     grammar_field: str = "response_format"
+    priority: int | None = None  # None: what the key's requests have
+    caller: Caller = NOBODY
     splits_reasoning: bool = False  # whether the dialect can show reasoning apart from text

@@ -20,6 +20,7 @@ from mlx_cluster.errors import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    QueueTimeout,
     RowFailed,
     StageLost,
     Unavailable,
@@ -108,6 +109,8 @@ FORMS: Mapping[type[ClusterError], HttpForm] = {
     UnsupportedMediaType: HttpForm(415, "invalid_request_error"),
     HeadersTooLarge: HttpForm(431, "invalid_request_error"),
     Overloaded: HttpForm(429, "rate_limit_error"),
+    # Not the client's rate: the cluster was too slow. ``Retry-After`` is how long the queue takes to pass.
+    QueueTimeout: HttpForm(503, "server_error"),
     Unavailable: HttpForm(503, "server_error"),
     StageLost: HttpForm(503, "server_error"),
     RowFailed: HttpForm(500, "server_error", retry_is_useless=True),

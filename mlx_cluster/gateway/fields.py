@@ -62,6 +62,7 @@ _SAMPLING: Mapping[str, Rule] = dict.fromkeys(
         "guided_choice",
         "guided_grammar",
         "structured_outputs",
+        "priority",
     ),
     HONOURED,
 )
@@ -120,6 +121,7 @@ MESSAGES: Mapping[str, Rule] = {
             "temperature",
             "top_p",
             "top_k",
+            "priority",
         ),
         HONOURED,
     ),
@@ -167,6 +169,7 @@ RESPONSES: Mapping[str, Rule] = {
             "text",
             "metadata",
             "parallel_tool_calls",
+            "priority",
         ),
         HONOURED,
     ),

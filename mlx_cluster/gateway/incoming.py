@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -33,6 +34,11 @@ async def read_parsed(request: Request, gateway: Gateway, parse: Callable[[bytes
     settings = gateway.settings
     raw = await read_json_body(request, max_bytes=settings.max_body_bytes, timeout_seconds=settings.timeout)
     return parse(raw) if len(raw) <= PARSE_ON_LOOP_BYTES else await gateway.catalogue.off_loop(parse, raw)
+
+
+def asked_by(request: Request, ask: Ask, gateway: Gateway) -> Ask:
+    """The ask of whoever presents this request's key."""
+    return replace(ask, caller=gateway.keys.caller(request.scope["headers"]))
 
 
 async def has_effect(ask: Ask, gateway: Gateway) -> bool:

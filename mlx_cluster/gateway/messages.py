@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
-from mlx_cluster.gateway.ask import MAX_MESSAGES, MAX_STOP_LENGTH, Ask
+from mlx_cluster.gateway.ask import MAX_MESSAGES, MAX_STOP_LENGTH, Ask, AskedPriority
 from mlx_cluster.gateway.formats import Effort, effort_values
 from mlx_cluster.gateway.messages_tools import MAX_TOOLS, AnyTool, ToolChoice, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
@@ -196,6 +196,7 @@ class MessagesBody(Body):
     thinking: Thinking | None = None
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] = Field(default=[])
     tool_choice: ToolChoice | None = None
+    priority: AskedPriority | None = None
 
     def check(self) -> None:
         """What only matters when there is to be an answer."""
@@ -236,6 +237,7 @@ class MessagesBody(Body):
             tool_use=tool_use(self.tools, self.tool_choice),
             grammar=self._grammar(),
             grammar_field="output_config.format",
+            priority=self.priority,
         )
 
     def dropped(self) -> list[str]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded, Unavailable
+from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded, QueueTimeout, Unavailable
 from mlx_cluster.gateway.errors import error_body, form_of
 
 PATH = "/v1/messages"
@@ -34,13 +34,13 @@ def asked(scope: Mapping[str, Any]) -> bool:
 
 
 def status_of(error: BaseException) -> int:
-    return OVERLOADED_STATUS if isinstance(error, Unavailable) else form_of(error).status
+    return OVERLOADED_STATUS if isinstance(error, Unavailable | QueueTimeout) else form_of(error).status
 
 
 def error_type(error: BaseException) -> str:
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded) and not isinstance(error, QueueTimeout):
         return "rate_limit_error"
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | QueueTimeout):
         return "overloaded_error"
     if isinstance(error, DeadlineExceeded):
         return "timeout_error"

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from mlx_cluster.gateway.answer import Gateway, GenerationResponse
-from mlx_cluster.gateway.incoming import add_answer_header, hints_in_vain, name_dropped, read_parsed
+from mlx_cluster.gateway.incoming import add_answer_header, asked_by, hints_in_vain, name_dropped, read_parsed
 from mlx_cluster.gateway.messages import MessagesBody, Parsed, parse_count, parse_messages
 from mlx_cluster.gateway.messages_dialect import MessagesDialect
 from mlx_cluster.gateway.messages_errors import PATH
@@ -58,7 +58,7 @@ def add_messages(app: FastAPI, gateway: Gateway) -> None:
         wanted = parsed.ask.max_tokens
         return GenerationResponse(
             gateway,
-            parsed.ask,
+            asked_by(request, parsed.ask, gateway),
             lambda head, _: MessagesDialect(head, wanted),
             f"msg_{secrets.token_hex(12)}",
             request.state.request_id,

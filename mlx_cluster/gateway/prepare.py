@@ -54,6 +54,7 @@ async def prepare(
     ask: Ask, request_id: str, catalogue: Catalogue, draw_seed: Callable[[], int] = random_seed
 ) -> Prepared:
     """Resolve the model, tokenize, check. Raises ``InvalidRequest`` and its kinds, or ``Unavailable``."""
+    priority = ask.caller.priority(ask.priority)
     model = catalogue.find(ask.model)
     engine = catalogue.engine_for(model)  # first: a model that is not ready needs no tokenizing
     tokenizer = await catalogue.tokenizer(model)
@@ -71,6 +72,9 @@ async def prepare(
         sampling=sampling,
         stop_token_ids=frozenset() if ask.ignore_eos else tokenizer.eos_token_ids,
         grammar=bound,
+        tenant=ask.caller.tenant,
+        priority=priority,
+        queue_seconds=ask.caller.queue_seconds,
     )
     sequences = tuple(replace(shared, choice=choice) for choice in range(ask.num_choices))
     return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences, shape=shape)

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway import fields
-from mlx_cluster.gateway.ask import MAX_MESSAGES, MAX_TOP_LOGPROBS, Ask
+from mlx_cluster.gateway.ask import MAX_MESSAGES, MAX_TOP_LOGPROBS, Ask, AskedPriority
 from mlx_cluster.gateway.formats import Effort, effort_values
 from mlx_cluster.gateway.responses_tools import MAX_TOOLS, AnyChoice, AnyTool, dropped_tools, tool_use
 from mlx_cluster.gateway.schemas import Body, SamplingBody, json_object, validated
@@ -203,6 +203,7 @@ class ResponsesBody(Body):
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
         Field(max_length=MAX_METADATA),
     ] = Field(default={})
+    priority: AskedPriority | None = None
 
     @property
     def with_logprobs(self) -> bool:
@@ -241,6 +242,7 @@ class ResponsesBody(Body):
             tool_use=tool_use(self.tools, self.tool_choice, parallel=self.parallel_tool_calls),
             grammar=self.text.format.grammar() if self.text.format is not None else None,
             grammar_field="text.format",
+            priority=self.priority,
         )
 
     def dropped(self) -> list[str]:

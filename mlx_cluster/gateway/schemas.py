@@ -24,6 +24,7 @@ from mlx_cluster.gateway.ask import (
     MAX_STOPS,
     MAX_TOP_LOGPROBS,
     Ask,
+    AskedPriority,
 )
 from mlx_cluster.gateway.body import Body as Body  # the other dialects look for it here
 from mlx_cluster.gateway.chat_tools import MAX_CALLS, MAX_TOOLS, FunctionTool, ToolCall, ToolChoice, tool_use
@@ -131,6 +132,7 @@ class SamplingBody(Structured):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     ignore_eos: bool = False
+    priority: AskedPriority | None = None
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
         Field(max_length=MAX_LOGIT_BIAS),
@@ -170,6 +172,7 @@ class SamplingBody(Structured):
             "num_choices": self.n,
             "stop": tuple(self.stop),
             "ignore_eos": self.ignore_eos,
+            "priority": self.priority,
             "stream": self.stream,
             "include_usage": continuous or (options is not None and bool(options.include_usage)),
             "continuous_usage": continuous,
