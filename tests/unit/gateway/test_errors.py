@@ -14,6 +14,7 @@ def test_every_error_a_client_may_meet_stands_in_the_table() -> None:
         "ContextLengthExceeded": 400,
         "ModelNotFound": 404,
         "Overloaded": 429,
+        "QueueTimeout": 503,
         "Unavailable": 503,
         "StageLost": 503,
         "RowFailed": 500,
