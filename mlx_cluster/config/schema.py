@@ -168,7 +168,7 @@ class SchedulerSection(Section):
     max_queue: Annotated[int, Field(ge=0)] = 256
     prefill_chunk: Annotated[int, Field(ge=1, le=8192)] = 256  # tokens
     max_prompts: Annotated[int, Field(ge=1, le=256)] = 16  # short prompts that may share a chunk
-    max_groups: Annotated[int, Field(ge=1, le=64)] | None = None  # default: one per stage, plus one
+    max_groups: Annotated[int, Field(ge=1, le=64)] | None = None  # default: two per stage
     ageing_seconds: Annotated[float, Field(gt=0)] = 15.0  # a priority that is not served counts one higher each time
     share_identical: bool = False  # identical greedy requests of one key that run at once are computed once
 

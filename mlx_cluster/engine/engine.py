@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,18 +19,21 @@ from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
 from mlx_cluster.engine.fill import Fill
 from mlx_cluster.engine.prefix import Limits, PrefixIndex
+from mlx_cluster.engine.rehearsal import rehearse
+from mlx_cluster.engine.rehearsal import request as canary_request
 from mlx_cluster.engine.scheduler import Scheduler
 from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Started
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
 from mlx_cluster.errors import ClusterError, ContextLengthExceeded, StageLost, StageStartError, Unavailable
 from mlx_cluster.microbatch import Kind, Microbatch, Report
 from mlx_cluster.plan import Epoch, Plan
-from mlx_cluster.request import Admitted, Event, Finished, Sampling, SequenceRequest
+from mlx_cluster.request import Admitted, Event, Finished, SequenceRequest
 from mlx_cluster.wire import encode_microbatch
 
 _log = log.get("engine")
 
 _SILENCE_SECONDS = 6.0  # a stage answers ticks at once, also while it computes; longer silence is a frozen process
+_REHEARSAL_SECONDS = 3.0  # of an idle pipeline, for measuring its steps
 
 
 @dataclass(slots=True)
@@ -48,6 +52,8 @@ class _Trip:
     left_at: float
     reported: int = 0
     held: Report | None = None  # the last stage's, where all stages must have reported first
+    alone: bool = False  # nothing else was in the pipeline while it travelled
+    compute_seconds: float = 0.0
 
 
 class PipelineEngine:
@@ -70,6 +76,7 @@ class PipelineEngine:
         self.lost_reason = ""
         self._max_context = max_context
         self._report_deadline_seconds = report_deadline_seconds
+        self._max_rows = settings.max_rows
         self._fill = Fill(plan.num_stages, settings.max_groups)
         self._scheduler = Scheduler(
             Policy(
@@ -86,6 +93,7 @@ class PipelineEngine:
         self._trips: dict[int, _Trip] = {}
         self._error: ClusterError | None = None
         self._watchdog: asyncio.Task[None] | None = None
+        self._rehearsal: asyncio.Task[None] | None = None
         self._num_tokens = self._num_fallbacks = 0
         self._busy_seconds = [0.0] * plan.num_stages
         self._streams = [
@@ -111,20 +119,38 @@ class PipelineEngine:
             raise StageStartError(self.lost_reason)
 
     async def canary(self, timeout_seconds: float) -> None:
-        """Send two tokens through all stages: a prefill and a decode step. Raises ``StageStartError``."""
-        request = SequenceRequest("canary", self.plan.model.id, (1, 2, 3), 2, Sampling(temperature=0.0))
+        """Send two tokens through all stages: a prefill and a decode step. Raises ``StageStartError``.
+
+        Afterwards, as long as nobody wants anything, steps of several sizes are timed.
+        """
         try:
-            async with asyncio.timeout(timeout_seconds), contextlib.aclosing(self.generate(request)) as events:
-                async for _event in events:
-                    pass
+            async with asyncio.timeout(timeout_seconds):
+                async with contextlib.aclosing(self.generate(canary_request(self.plan.model.id, 2))) as events:
+                    async for _event in events:
+                        pass
         except TimeoutError:
             raise StageStartError(f"no token came through all stages within {timeout_seconds:g} s") from None
         except ClusterError as error:
             raise StageStartError(f"the first token did not come through all stages: {error}") from error
+        self._rehearsal = asyncio.get_running_loop().create_task(self._rehearse(), name="rehearsal")
+
+    async def _rehearse(self) -> None:
+        model = self.plan.model.id
+        generate = functools.partial(self._generate, rehearsed=True)
+        try:
+            await rehearse(generate, model, self._fill, max_rows=self._max_rows, seconds=_REHEARSAL_SECONDS)
+        except* ClusterError as errors:  # whoever watches the engine hears of a lost stage; nothing else is lost here
+            _log.info("the rehearsal ended early", reason=str(errors.exceptions[0]))
+
+    async def rehearsed(self) -> None:
+        """Wait until the steps were timed, or real work came first."""
+        if self._rehearsal is not None:
+            await asyncio.wait([self._rehearsal])
 
     async def stop(self, error: ClusterError | None = None) -> None:
         """End: running sequences get ``error`` (default ``Unavailable``); streams are closed."""
         self._fail(error or Unavailable("the engine is shutting down"))
+        await self._end_rehearsal()
         if self._watchdog is not None:
             self._watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -133,8 +159,19 @@ class PipelineEngine:
 
     # -- clients --------------------------------------------------------------------------------------
 
-    async def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
+    def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
         """See ``request.Engine``. Closing the generator cancels the sequence on every stage."""
+        return self._generate(request, rehearsed=False)
+
+    async def _end_rehearsal(self) -> None:
+        rehearsal, self._rehearsal = self._rehearsal, None
+        if rehearsal is not None and not rehearsal.done():
+            rehearsal.cancel()
+            await asyncio.wait([rehearsal])
+
+    async def _generate(self, request: SequenceRequest, *, rehearsed: bool) -> AsyncGenerator[Event]:
+        if not rehearsed:
+            await self._end_rehearsal()
         if self._error is not None:
             raise self._error
         request = self._within_context(request)
@@ -181,10 +218,15 @@ class PipelineEngine:
         now = asyncio.get_running_loop().time()
         while self._error is None and (microbatch := self._scheduler.next(now)) is not None:
             header = stage_pb2.EngineMessage(microbatch=encode_microbatch(microbatch)).SerializeToString()
-            self._trips[microbatch.id] = _Trip(microbatch, now)
+            self._travels_with_others()
+            self._trips[microbatch.id] = _Trip(microbatch, now, alone=not self._trips)
             for stream in self._streams:
                 stream.put(header)
         self._apply(self._scheduler.take_effects())
+
+    def _travels_with_others(self) -> None:
+        for trip in self._trips.values():
+            trip.alone = False
 
     def _on_report(self, report: Report) -> None:
         if self._error is not None:
@@ -193,11 +235,9 @@ class PipelineEngine:
         if trip is None:
             return
         trip.reported += 1
-        self._busy_seconds[report.stage] += report.compute_seconds
-        if trip.microbatch.kind is Kind.DECODE:
-            self._fill.observe(report.stage, len(trip.microbatch.rows), report.compute_seconds)
         last = report.stage == len(self._streams) - 1
         everybody = trip.reported == len(self._streams)
+        self._measure(trip, report, everybody)
         if everybody:
             del self._trips[report.microbatch_id]
         if report.missing:
@@ -212,6 +252,15 @@ class PipelineEngine:
         elif not (report.missing or report.failed):
             return
         self._pump()
+
+    def _measure(self, trip: _Trip, report: Report, everybody: bool) -> None:
+        self._busy_seconds[report.stage] += report.compute_seconds
+        if trip.microbatch.kind is not Kind.DECODE:
+            return
+        self._fill.observe(report.stage, len(trip.microbatch.rows), report.compute_seconds)
+        trip.compute_seconds += report.compute_seconds
+        if everybody and trip.alone:
+            self._fill.observe_trip(asyncio.get_running_loop().time() - trip.left_at, trip.compute_seconds)
 
     def _apply(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

@@ -188,3 +188,29 @@ async def test_an_engine_on_another_node_gives_the_same_events_and_errors(engine
         await server.stop(None)
         with pytest.raises(Unavailable, match="cannot be reached"):
             await collect(remote, request())
+
+
+async def test_steps_of_several_sizes_are_timed_when_nobody_wants_anything(stages: list[FakeStage]) -> None:
+    engine = make_engine(stages)
+    await engine.start(10)
+    await engine.canary(10)
+    await engine.rehearsed()
+    sizes = {len(h.rows) for h in stages[2].headers if h.kind is Kind.DECODE}
+    assert sizes >= {1, 2, 4}, "as many as max_rows allows"
+    await until(lambda: engine.statistics()["rows"] == 0)
+    await engine.stop()
+
+
+async def test_a_client_does_not_wait_for_a_measurement(stages: list[FakeStage]) -> None:
+    engine = make_engine(stages)
+    await engine.start(10)
+    await engine.canary(10)
+    for stage in stages:
+        stage.go_on.clear()
+    await until(lambda: engine.statistics()["in_flight"] > 0)
+    task = asyncio.create_task(collect(engine, request(tokens=3)))
+    await until(lambda: engine.statistics()["rows"] + engine.statistics()["waiting"] == 1)
+    for stage in stages:
+        stage.go_on.set()
+    assert [type(e) for e in await task][-1] is Finished
+    await engine.stop()

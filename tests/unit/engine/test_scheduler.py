@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cluster.engine.fill import Fill
 from mlx_cluster.engine.prefix import Limits, PrefixIndex
 from mlx_cluster.engine.scheduler import Scheduler
 from mlx_cluster.engine.sequence import Drew, Ended, Failed, Policy, Started
@@ -268,24 +267,3 @@ def test_short_prompts_share_a_microbatch() -> None:
     assert [m.row_lengths for _, m in pipeline.sent] == [(9, 10, 8), (30,)]
     pipeline.run()
     assert pipeline.scheduler.idle
-
-
-def test_fill_takes_one_group_per_stage_until_it_has_measured() -> None:
-    fill = Fill(3)
-    assert [fill.num_groups(b) for b in (1, 2, 3, 8)] == [1, 2, 3, 3]
-
-
-@pytest.mark.parametrize(
-    ("step", "base", "expected"),
-    [(0.005, 0.0, 4), (0.0, 0.02, {1, 2, 3})],
-    ids=["linear: one more than the stages hides the hop", "flat: splitting does not cost up to the stages"],
-)
-def test_fill_follows_the_cycle_formula(step: float, base: float, expected: object) -> None:
-    fill = Fill(3)
-    for rows in (2, 4, 6, 8, 3, 5, 7, 1, 2, 4):
-        for stage in range(3):
-            fill.observe(stage, rows, base + step * rows)
-    groups = fill.num_groups(12)
-    best = min(fill.cycle_seconds(12, n) for n in range(1, 5))
-    assert fill.cycle_seconds(12, groups) <= best * 1.06
-    assert groups == expected or (isinstance(expected, set) and groups in expected)
