@@ -6,7 +6,12 @@ Invariant: no label takes its values from a client (routes and statuses are from
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -80,12 +85,62 @@ class GatewayMetrics:
         self.key_tokens.labels(key, "completion").inc(completion_tokens)
 
 
+# What an engine says of itself (``statistics``), by its key there: the metric's name and meaning. Those that end in
+# ``_total`` only grow, within the life of one engine.
+ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
+    "waiting": ("waiting", "Sequences that wait for a row"),
+    "prefilling": ("prefilling", "Sequences whose prompt is being computed"),
+    "decoding": ("decoding", "Sequences that decode"),
+    "groups": ("groups", "Groups that decode, each as one batch"),
+    "in_flight": ("microbatches_in_flight", "Microbatches in the pipeline"),
+    "tokens": ("tokens_total", "Tokens drawn"),
+    "prefix_entries": ("prefix_entries", "Entries of the prefix cache"),
+    "prefix_bytes": ("prefix_bytes", "What they take on the stage where they take the most"),
+    "prefix_hits": ("prefix_hits_total", "Rows that began with an entry of the prefix cache"),
+    "prefix_hit_tokens": ("prefix_hit_tokens_total", "Positions that were not computed again thanks to it"),
+    "prefix_evictions": ("prefix_evictions_total", "Entries that went for room or by age"),
+    "prefix_fallbacks": ("prefix_fallbacks_total", "Rows computed again because a stage did not have their entry"),
+}
+
+EngineStatistics = Callable[[], Mapping[tuple[str, str], Mapping[str, Any]]]
+
+
+class EngineCollector(Collector):
+    """Reads the engines of this node when it is asked; ``statistics`` gives them by (model, pipeline)."""
+
+    def __init__(self, statistics: EngineStatistics) -> None:
+        self._statistics = statistics
+
+    def collect(self) -> Iterator[Metric]:
+        engines = self._statistics()
+        for key, (name, meaning) in ENGINE_FIGURES.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"mlx_cluster_engine_{name.removesuffix('_total')}", meaning, labels=["model", "pipeline"])
+            for names, figures in engines.items():
+                if key in figures:
+                    family.add_metric(names, figures[key])
+            yield family
+        busy = CounterMetricFamily(
+            "mlx_cluster_engine_stage_busy_seconds",
+            "Seconds that a stage computed",
+            labels=["model", "pipeline", "stage"],
+        )
+        for names, figures in engines.items():
+            for stage, seconds in enumerate(figures.get("busy_seconds", ())):
+                busy.add_metric([*names, str(stage)], seconds)
+        yield busy
+
+
 class Metrics:
     """The metrics of one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.gateway = GatewayMetrics(self.registry)
+
+    def watch_engines(self, statistics: EngineStatistics) -> None:
+        """Show the engines of this node, which come and go."""
+        self.registry.register(EngineCollector(statistics))
 
     def render(self) -> bytes:
         """The text format that Prometheus reads; serve it as ``CONTENT_TYPE``."""

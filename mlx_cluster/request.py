@@ -86,7 +86,7 @@ class SequenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The engine has taken the sequence; a gateway may send its status now."""
+    """The engine has taken the sequence; a gateway may send its status now. ``Finished`` has the final count."""
 
     cached_tokens: int = 0
 

@@ -271,10 +271,12 @@ class PipelineEngine:
                 case Drew(_, token):
                     self._num_tokens += 1
                     client.events.put_nowait(token)
-                case Started():
-                    client.events.put_nowait(Admitted())
+                case Started(_, cached):
+                    client.events.put_nowait(Admitted(min(cached, len(client.request.prompt))))
                 case Ended(_, reason, completion, cached):
-                    client.events.put_nowait(Finished(reason, len(client.request.prompt), completion, cached))
+                    # A resumed sequence may also have found what an earlier attempt emitted.
+                    num_prompt = len(client.request.prompt)
+                    client.events.put_nowait(Finished(reason, num_prompt, completion, min(cached, num_prompt)))
                     del self._clients[effect.sequence]
                 case Failed(_, error):
                     client.events.put_nowait(error)

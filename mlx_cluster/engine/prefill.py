@@ -118,7 +118,7 @@ class Prefill:
             padded = longest * (len(taken) + 1)
             if sequence.prefilled or padded > limit or total < MIN_DENSITY * padded:
                 break
-            if self._book.can_reuse(sequence, now):
+            if self._book.num_reusable(sequence, now):
                 break
             taken.append(self._queue.popleft())
         for sequence in taken:

@@ -81,6 +81,7 @@ class PrefixIndex:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.num_bytes = 0
+        self.num_evicted = 0  # for room or by age; entries that a longer one replaced are not counted
         self._roots: dict[str, _Node] = {}
         self._entries: dict[int, _Entry] = {}  # in order of last use: the first is the oldest
         self._next_id = 0
@@ -120,6 +121,7 @@ class PrefixIndex:
         evicted += self.expire(now)
         while self.num_bytes + num_bytes > self.limits.max_bytes:
             evicted.append(self._remove(next(iter(self._entries))))
+            self.num_evicted += 1
         entry_id = self._insert(salt, tokens, num_bytes, now)
         return Stored(entry_id, tuple(evicted))
 
@@ -132,6 +134,7 @@ class PrefixIndex:
         gone = []
         while self._entries and (first := next(iter(self._entries.values()))).used_at < oldest:
             gone.append(self._remove(first.id))
+        self.num_evicted += len(gone)
         return gone
 
     def forget(self, entry: int) -> bool:

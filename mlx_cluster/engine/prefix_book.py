@@ -1,9 +1,9 @@
 """What the scheduler orders of the prefix cache: load with a row's first chunk; store and evict with any next header.
 
-Owns: the orders that wait for a header, and which entries were made of which row.
+Owns: the orders that wait for a header, which entries were made of which row, and the count of what was reused.
 Does not own: which entries exist and which go (``engine.prefix``).
 Invariant: stores are planned before look-ups for the same header, so nothing loads an entry that the header evicts; a
-row that broke on some stage leaves no entry behind.
+row that broke on some stage leaves no entry behind; a tenant never begins with another one's entry.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from __future__ import annotations
 from mlx_cluster.engine.prefix import Hit, PrefixIndex
 from mlx_cluster.engine.sequence import SequenceState
 from mlx_cluster.microbatch import Load, Store
-
-# One pool of prefixes until requests carry their tenant.
-_SALT = ""
 
 
 class PrefixBook:
@@ -24,17 +21,27 @@ class PrefixBook:
         self._keep: list[tuple[SequenceState, tuple[int, ...]]] = []
         self._store: list[Store] = []
         self._evict: list[int] = []
+        self._num_hits = self._num_hit_tokens = 0
 
-    @property
-    def num_entries(self) -> int:
-        return len(self._index) if self._index is not None else 0
+    def statistics(self) -> dict[str, int]:
+        """What is kept, by the cost on the tightest stage, and what came of it since the engine began."""
+        index = self._index
+        return {
+            "prefix_entries": len(index) if index is not None else 0,
+            "prefix_bytes": index.num_bytes if index is not None else 0,
+            "prefix_hits": self._num_hits,
+            "prefix_hit_tokens": self._num_hit_tokens,
+            "prefix_evictions": index.num_evicted if index is not None else 0,
+        }
 
     @property
     def has_orders(self) -> bool:
         return bool(self._store or self._evict)
 
-    def can_reuse(self, sequence: SequenceState, now: float) -> bool:
-        return self._look_up(sequence, now) is not None
+    def num_reusable(self, sequence: SequenceState, now: float) -> int:
+        """How many positions ``reuse`` would save."""
+        hit = self._look_up(sequence, now)
+        return hit.length if hit is not None else 0
 
     def reuse(self, sequence: SequenceState, now: float) -> tuple[Load, ...]:
         """Let a fresh row begin with the longest entry that fits, if any; the order to load it."""
@@ -43,6 +50,8 @@ class PrefixBook:
             return ()
         sequence.prefilled = sequence.cached = hit.length
         sequence.entry = hit.entry
+        self._num_hits += 1
+        self._num_hit_tokens += hit.length
         return (Load(sequence.row, hit.entry, hit.length),)
 
     def keep_prompt(self, sequence: SequenceState) -> None:
@@ -67,7 +76,7 @@ class PrefixBook:
             return
         self._evict += self._index.expire(now)
         for sequence, tokens in self._keep:
-            stored = self._index.store(_SALT, tokens, now)
+            stored = self._index.store(sequence.request.tenant, tokens, now)
             if stored is not None:
                 self._store.append(Store(sequence.row, stored.entry))
                 sequence.kept.append(stored.entry)
@@ -84,7 +93,7 @@ class PrefixBook:
     def _look_up(self, sequence: SequenceState, now: float) -> Hit | None:
         if self._index is None or sequence.prefilled or not sequence.may_reuse:
             return None
-        return self._index.lookup(_SALT, sequence.tokens, now)
+        return self._index.lookup(sequence.request.tenant, sequence.tokens, now)
 
     def _keep_tokens(self, sequence: SequenceState, tokens: tuple[int, ...]) -> None:
         if self._index is not None:

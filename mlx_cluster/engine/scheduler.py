@@ -141,7 +141,7 @@ class Scheduler:
         """The next microbatch to send to every stage, or None when nothing may go now."""
         if len(self._in_flight) >= self.credits:
             return None
-        self._admit()
+        self._admit(now)
         self._book.plan_stores(now)
         if self._prefill.is_due(self._groups.steps_per_cycle):
             return self._chunk(now)
@@ -183,7 +183,7 @@ class Scheduler:
             "groups": len(self._groups),
             "rows": len(self._rows),
             "in_flight": len(self._in_flight),
-            "prefix_entries": self._book.num_entries,
+            **self._book.statistics(),
         }
 
     def audit(self) -> None:
@@ -208,12 +208,12 @@ class Scheduler:
     def _free_rows(self) -> int:
         return self.policy.max_rows - len(self._rows)
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         while self._waiting and self._free_rows() > 0:
             sequence = self._waiting.popleft()
             self._give_row(sequence)
             self._prefill.add(sequence)
-            self._effects.append(Started(sequence.id))
+            self._effects.append(Started(sequence.id, self._book.num_reusable(sequence, now)))
 
     def _give_row(self, sequence: SequenceState) -> None:
         sequence.row = self._next_row

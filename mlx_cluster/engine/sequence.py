@@ -34,9 +34,10 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The sequence got its row."""
+    """The sequence got its row; ``cached_tokens`` of its prompt are there already, as far as is known now."""
 
     sequence: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

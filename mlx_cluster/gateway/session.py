@@ -153,8 +153,7 @@ class Session:
             for choice, item in await self._receive():
                 if isinstance(item, Admitted):
                     self._not_admitted.discard(choice)
-                    # The prompt is the same for all choices: the first one's hit is what the request saved.
-                    self._cached_tokens = max(self._cached_tokens, item.cached_tokens)
+                    self._note_cached(choice, item.cached_tokens)
                 else:
                     early.append((choice, item))
         self._backlog = early
@@ -200,10 +199,16 @@ class Session:
             case Finished(reason="cancelled"):
                 raise Unavailable("the engine cancelled this sequence: send the request again")
             case Finished():
+                self._note_cached(index, item.cached_tokens)
                 self._show(index, choice.finish(), batch)
                 self._end(index, "stop" if choice.stopped or item.reason == "stop" else "length", batch)
             case ClusterError():
                 raise item
+
+    def _note_cached(self, index: int, cached_tokens: int) -> None:
+        """Expected at admission, known at the end. Choices share a prompt: the first one's hit is what it saved."""
+        if index == 0:
+            self._cached_tokens = cached_tokens
 
     def _thinking(self, index: int) -> bool:
         splitter = self._splitters[index]

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
@@ -51,6 +51,8 @@ class DrivenEngine(Engine, Protocol):
     async def canary(self, timeout_seconds: float) -> None: ...
 
     async def stop(self, error: ClusterError | None = None) -> None: ...
+
+    def statistics(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from mlx_cluster import log
 from mlx_cluster.cluster.status import PipelineStatus
@@ -49,6 +50,11 @@ class Drivers:
         """The engine of a pipeline that is ready, else None."""
         found = self._running.get(pipeline)
         return found[0].engine if found is not None else None
+
+    def statistics(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What the engines that are ready say of themselves, by (model, pipeline)."""
+        drivers = [driver for driver, _ in self._running.values()]
+        return {(d.plan.model.id, d.plan.pipeline): d.engine.statistics() for d in drivers if d.engine is not None}
 
     def resolve(self, pipeline: str) -> Engine:
         """For gateways of other nodes. Raises ``Unavailable`` with the state of the pipeline."""

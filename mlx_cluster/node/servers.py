@@ -39,6 +39,7 @@ class NodeServers:
         self._agent = agent
         identity, settings = agent.identity, agent.settings
         metrics = Metrics()
+        metrics.watch_engines(agent.drivers.statistics)
         routes = NodeRoutes(
             settings.models, agent.models, agent.picture, agent.drivers.engine, agent.peers.remote_engine
         )

@@ -23,6 +23,7 @@ from mlx_cluster.errors import ClusterError
 from mlx_cluster.microbatch import Runner
 from mlx_cluster.stage.device import DeviceThread
 from mlx_cluster.stage.emulation import EmulatedRunner
+from mlx_cluster.stage.faults import FaultyRunner
 from mlx_cluster.stage.service import StageService
 from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, TICK_LINE, LinkCommand, StageEvent, StageSpec
 from mlx_cluster.stage.worker import Worker
@@ -262,7 +263,7 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
     )
     loaded.warm_up()
     return Slice(
-        loaded,
+        FaultyRunner(loaded, spec.faults) if spec.faults is not None else loaded,
         memory_bytes=loaded.memory_bytes,
         can_trim=loaded.can_trim,
         kv_fixed_bytes=loaded.kv_fixed_bytes,

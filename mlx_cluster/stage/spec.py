@@ -42,6 +42,13 @@ class EmulationSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class FaultSpec:
+    """What a test has one stage do wrong. ``forget_stores``: which of its stores it forgets at once, counted from 0."""
+
+    forget_stores: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StageSpec:
     """Everything a stage process needs to load its slice. ``model_dir`` is this node's own path."""
 
@@ -57,6 +64,7 @@ class StageSpec:
     link_timeout_seconds: float = 30.0
     log_level: str = "info"
     emulation: EmulationSpec | None = None
+    faults: FaultSpec | None = None
 
     def to_line(self) -> str:
         data = {
@@ -73,6 +81,7 @@ class StageSpec:
             "link_timeout_seconds": self.link_timeout_seconds,
             "log_level": self.log_level,
             "emulation": asdict(self.emulation) if self.emulation else None,
+            "faults": asdict(self.faults) if self.faults else None,
         }
         return json.dumps(data)
 
@@ -81,11 +90,12 @@ class StageSpec:
         data: dict[str, Any] = json.loads(line)
         if data.pop("type", None) != "spec":
             raise ValueError("the first line on a stage's stdin must be its spec")
-        emulation = data.pop("emulation")
+        emulation, faults = data.pop("emulation"), data.pop("faults")
         return cls(
             plan=Plan.from_json(data.pop("plan")),
             epoch=Epoch.parse(data.pop("epoch")),
             emulation=EmulationSpec(**emulation) if emulation else None,
+            faults=FaultSpec(tuple(faults["forget_stores"])) if faults else None,
             **data,
         )
 

@@ -242,6 +242,18 @@ def test_a_second_turn_computes_only_what_is_new() -> None:
     assert pipeline.effects[-1][1] == Ended(1, "length", 3, 44)
 
 
+def test_a_tenant_never_begins_with_another_ones_entry() -> None:
+    s = scheduler(chunk=100, prefix=prefix_index())
+    pipeline = SimulatedPipeline(s, [linear(1, 1)] * 3)  # type: ignore[list-item]
+    for tenant in ("a", "b", "", "a", "b"):
+        pipeline.submit(request(prompt=40, tokens=2, tenant=tenant))
+        pipeline.run()
+    cached = [e.cached_tokens for _, e in pipeline.effects if isinstance(e, Ended)]
+    assert cached == [0, 0, 0, 39, 39]
+    assert s.statistics()["prefix_hits"] == 2
+    assert s.statistics()["prefix_hit_tokens"] == 78
+
+
 def test_an_entry_that_a_stage_lost_costs_a_prefill_and_nothing_else() -> None:
     prefix = prefix_index()
     pipeline = SimulatedPipeline(scheduler(chunk=100, prefix=prefix), [linear(1, 1)] * 3)  # type: ignore[list-item]

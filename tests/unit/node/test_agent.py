@@ -59,6 +59,9 @@ class ScriptedEngine:
     async def stop(self, error: ClusterError | None = None) -> None:
         self.stopped_with = error
 
+    def statistics(self) -> dict[str, Any]:
+        return {}
+
     def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
         raise NotImplementedError
 

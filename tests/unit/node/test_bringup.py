@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,9 @@ class FakeEngine:
 
     async def stop(self, error: ClusterError | None = None) -> None:
         self.stopped_with = error
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
 
     def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
         raise NotImplementedError

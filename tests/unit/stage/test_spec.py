@@ -5,14 +5,25 @@ from __future__ import annotations
 import pytest
 
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
-from mlx_cluster.stage.spec import EmulationSpec, LinkCommand, StageEvent, StageSpec
+from mlx_cluster.stage.spec import EmulationSpec, FaultSpec, LinkCommand, StageEvent, StageSpec
 
 PLAN = Plan("p", 3, ModelRef("m", "abc", 4), (StageAssignment(0, 0, 0, 2), StageAssignment(1, 1, 2, 4)), "grpc", "why")
 
 
 @pytest.mark.parametrize("emulation", [None, EmulationSpec(seconds_per_row=0.5)])
-def test_a_spec(emulation: EmulationSpec | None) -> None:
-    spec = StageSpec(PLAN, 1, Epoch(3, 2), "/models/m", "127.0.0.1", 8103, memory_budget_bytes=5, emulation=emulation)
+@pytest.mark.parametrize("faults", [None, FaultSpec(forget_stores=(0, 2))])
+def test_a_spec(emulation: EmulationSpec | None, faults: FaultSpec | None) -> None:
+    spec = StageSpec(
+        PLAN,
+        1,
+        Epoch(3, 2),
+        "/models/m",
+        "127.0.0.1",
+        8103,
+        memory_budget_bytes=5,
+        emulation=emulation,
+        faults=faults,
+    )
     assert StageSpec.from_line(spec.to_line()) == spec
 
 
