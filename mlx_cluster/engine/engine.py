@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from mlx_cluster.engine.rehearsal import request as canary_request
 from mlx_cluster.engine.scheduler import Scheduler
 from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Started
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
+from mlx_cluster.engine.waiting import Share
 from mlx_cluster.errors import ClusterError, ContextLengthExceeded, StageLost, StageStartError, Unavailable
 from mlx_cluster.microbatch import Kind, Microbatch, Report
 from mlx_cluster.plan import Epoch, Plan
@@ -69,6 +70,7 @@ class PipelineEngine:
         max_context: int,
         report_deadline_seconds: float,
         prefix: Limits | None = None,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:
         self.plan = plan
         self.epoch = epoch
@@ -86,6 +88,8 @@ class PipelineEngine:
                 prefill_chunk=settings.prefill_chunk,
                 num_groups=self._fill.num_groups,
                 max_prompts=settings.max_prompts,
+                shares=shares or {},
+                ageing_seconds=settings.ageing_seconds,
             ),
             PrefixIndex(prefix) if prefix is not None else None,
         )
@@ -175,7 +179,7 @@ class PipelineEngine:
         if self._error is not None:
             raise self._error
         request = self._within_context(request)
-        sequence_id = self._scheduler.submit(request)
+        sequence_id = self._scheduler.submit(request, asyncio.get_running_loop().time())
         client = self._clients[sequence_id] = _Client(request)
         try:
             self._pump()
@@ -311,6 +315,7 @@ class PipelineEngine:
                     return
                 stream.tick()
             self._check_reports(now)
+            self._pump()  # whoever waits for a row loses patience also while nothing else happens
             if self._scheduler.idle:
                 self._scheduler.audit()
 

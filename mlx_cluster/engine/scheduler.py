@@ -1,7 +1,7 @@
 """Decides what the pipeline does next. Pure: no clock, no I/O, no mlx.
 
-Owns: the queue, the rows, the groups, the credits; every decision of a pipeline is made here and nowhere else.
-Does not own: streams, deadlines, clients (``engine.engine``).
+Owns: the rows, the groups, the credits; every decision of a pipeline is made here and nowhere else.
+Does not own: the order of who waits (``engine.waiting``), streams, deadlines, clients (``engine.engine``).
 Invariants: a row is in one group at most; a group has one decode step in flight at most; never more than
 ``credits`` microbatches in flight; every sequence that was taken ends exactly once.
 
@@ -11,7 +11,6 @@ a group at a border) → grouped (decodes) → ended; its row is released with t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 from mlx_cluster.engine.groups import Groups
@@ -30,7 +29,8 @@ from mlx_cluster.engine.sequence import (
     Started,
     row_spec,
 )
-from mlx_cluster.errors import Overloaded, RowFailed
+from mlx_cluster.engine.waiting import WaitingQueue
+from mlx_cluster.errors import QueueTimeout, RowFailed
 from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
 
@@ -41,7 +41,9 @@ class Scheduler:
     def __init__(self, policy: Policy, prefix: PrefixIndex | None = None) -> None:
         self.policy = policy
         self._book = PrefixBook(prefix)
-        self._waiting: deque[SequenceState] = deque()
+        self._waiting: WaitingQueue[SequenceState] = WaitingQueue(
+            policy.max_queue, policy.shares, ageing_seconds=policy.ageing_seconds
+        )
         self._prefill = Prefill(policy, self._book)
         self._groups = Groups(policy.num_groups)
         self._live: dict[int, SequenceState] = {}
@@ -56,23 +58,30 @@ class Scheduler:
 
     # -- from the engine --------------------------------------------------------------------------
 
-    def submit(self, request: SequenceRequest) -> int:
-        """Take a sequence; returns its id. Raises ``Overloaded`` when the queue is full.
+    def submit(self, request: SequenceRequest, now: float = 0.0) -> int:
+        """Take a sequence; returns its id. Raises ``Overloaded`` when it may not wait (see ``engine.waiting``).
 
         Resumed work (``emitted``) goes before new work and past the bound: it was admitted once already.
         """
-        resumed = bool(request.emitted)
-        if not resumed and self._free_rows() <= 0 and len(self._waiting) >= self.policy.max_queue:
-            raise Overloaded(
-                f"{len(self._waiting)} sequences are waiting already (scheduler.max_queue is {self.policy.max_queue}); "
-                "come back later or raise it",
-                retry_after_seconds=2.0,
-            )
         sequence = SequenceState(self._next_sequence, request, request.prompt + request.emitted)
+        evicted = self._waiting.push(sequence, now, room=max(0, self._free_rows()))
         self._next_sequence += 1
         self._live[sequence.id] = sequence
-        (self._waiting.appendleft if resumed else self._waiting.append)(sequence)
+        if evicted is not None:
+            del self._live[evicted.id]
+            self._effects.append(Failed(evicted.id, self._waiting.overloaded(now)))
         return sequence.id
+
+    def expire(self, now: float) -> None:
+        """Give up who waited for a row as long as it may; they end with ``QueueTimeout``."""
+        for sequence in self._waiting.expire(now):
+            del self._live[sequence.id]
+            error = QueueTimeout(
+                f"no row became free within {sequence.request.queue_seconds:g} s (api_gateway.queue_timeout); "
+                f"{len(self._waiting)} sequences are waiting: come back later",
+                retry_after_seconds=self._waiting.retry_after_seconds(now),
+            )
+            self._effects.append(Failed(sequence.id, error))
 
     def cancel(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is; its row is released in order. Unknown ids are ignored."""
@@ -139,6 +148,7 @@ class Scheduler:
 
     def next(self, now: float = 0.0) -> Microbatch | None:
         """The next microbatch to send to every stage, or None when nothing may go now."""
+        self.expire(now)
         if len(self._in_flight) >= self.credits:
             return None
         self._admit(now)
@@ -210,7 +220,7 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         while self._waiting and self._free_rows() > 0:
-            sequence = self._waiting.popleft()
+            sequence = self._waiting.pop(now)
             self._give_row(sequence)
             self._prefill.add(sequence)
             self._effects.append(Started(sequence.id, self._book.num_reusable(sequence, now)))
@@ -298,8 +308,9 @@ class Scheduler:
         """Take a sequence out of wherever it is and let its row go with the next microbatch."""
         del self._live[sequence.id]
         if sequence.row < 0:
-            self._waiting.remove(sequence)
+            self._waiting.remove(sequence.id)
             return
+        self._waiting.settle(sequence.request, sequence.request.max_tokens - sequence.num_emitted)
         self._detach(sequence)
 
     def _detach(self, sequence: SequenceState) -> None:

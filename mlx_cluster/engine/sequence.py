@@ -5,9 +5,10 @@ Owns: nothing but these shapes. Does not own: any decision (``engine.scheduler``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from mlx_cluster.engine.waiting import Share
 from mlx_cluster.errors import ClusterError
 from mlx_cluster.microbatch import Microbatch, RowSpec
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
@@ -18,7 +19,8 @@ class Policy:
     """Bounds of one pipeline's scheduler.
 
     ``num_groups`` answers how many groups to run for a number of decoding rows (see ``engine.fill``).
-    ``max_prompts`` is how many short prompts may share a microbatch.
+    ``max_prompts`` is how many short prompts may share a microbatch. ``shares`` and ``ageing_seconds`` are about who
+    waits (see ``engine.waiting``).
     """
 
     num_stages: int
@@ -27,6 +29,8 @@ class Policy:
     prefill_chunk: int
     num_groups: Callable[[int], int]
     max_prompts: int = 1
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    ageing_seconds: float = 15.0
 
 
 # -- what the scheduler tells the engine ---------------------------------------------------------

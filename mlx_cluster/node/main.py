@@ -18,6 +18,7 @@ from mlx_cluster.config.quantity import parse_bytes
 from mlx_cluster.config.schema import PrefixCacheSection, Settings
 from mlx_cluster.engine.engine import PipelineEngine
 from mlx_cluster.engine.prefix import Limits, RowCost
+from mlx_cluster.engine.waiting import Share
 from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
 from mlx_cluster.node.identity import Identity, identify
@@ -125,6 +126,7 @@ def engine_maker(settings: Settings, models: LocalModels) -> EngineMaker:
             max_context=local.facts.max_context,
             report_deadline_seconds=settings.runtime.hang_timeout,
             prefix=prefix_limits(settings.runtime.prefix_cache, row_costs),
+            shares={key.tenant: Share(key.weight, key.max_waiting) for key in settings.api_gateway.keys},
         )
 
     return make
