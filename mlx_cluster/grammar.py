@@ -4,12 +4,16 @@ Owns: the translation of a ``request.Grammar`` and its bounds; both sides use it
 what a stage compiles.
 Does not own: matchers and masks (``model.grammar``), what a dialect calls a grammar (``gateway.structured``).
 Invariant: what ``check`` lets pass, llguidance can parse; nothing here needs a model.
+
+llguidance recurses on the stack: a chain of some thousand rules or references, and an integer that is the least of 64
+bits, end the *process* that parses them. The bounds are there so that no request can reach that, and were measured.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
@@ -21,6 +25,15 @@ from mlx_cluster.request import Grammar
 MAX_SOURCE_BYTES = 128 * 1024
 MAX_DEPTH = 64
 MAX_CHOICES = 512
+# 1,000 definitions of which each has the next one as a property overflow a stack of 8 MB; 4,000 rules of Lark do.
+MAX_REFERENCES = 256
+MAX_LARK_RULES = 256
+# What it costs to build an automaton grows with the square of its pattern: 80 KB of "a?" take 21 s and 3 GB.
+MAX_PATTERN_BYTES = 8 * 1024
+MAX_LARK_BYTES = 16 * 1024
+# llguidance negates a negative integer to print it, and the least one has no counterpart. As floats they are fine.
+_LEAST_INTEGER = re.compile(r"-9223372036854775\d{3}(?![0-9.eE])")
+_LARK_RULE = re.compile(r"^\s*[?!]*[A-Za-z_]\w*[^\n:]*:", re.MULTILINE)
 
 # One optional space after a separator and none elsewhere: with free whitespace a model can dawdle for ever between
 # two tokens of JSON, and small ones do.
@@ -28,7 +41,10 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_s
 
 
 def to_llguidance(grammar: Grammar) -> str:
-    """The grammar as llguidance takes it. Raises ``ValueError`` when the source is not even JSON where it should be."""
+    """The grammar as llguidance takes it. Raises ``ValueError`` when the source is not even JSON where it should be, or
+    would end the process."""
+    if least := _LEAST_INTEGER.search(grammar.source):
+        raise ValueError(f"{least[0]} is too close to the least integer of 64 bits: write it as {least[0]}.0")
     if grammar.kind == "llguidance":
         return grammar.source
     return json.dumps({"grammars": [part_of(grammar)]}, ensure_ascii=False)
@@ -73,9 +89,15 @@ def check_bounds(grammar: Grammar, param: str) -> None:
     size = len(grammar.source.encode("utf-8", "replace"))
     if size > MAX_SOURCE_BYTES:
         raise _invalid(f"it has {size} bytes, {MAX_SOURCE_BYTES} are possible: make it smaller", param)
+    for kinds, most in ((("regex",), MAX_PATTERN_BYTES), (("lark",), MAX_LARK_BYTES)):
+        if grammar.kind in kinds and size > most:
+            raise _invalid(f"it has {size} bytes, {most} are possible for this kind: make it smaller", param)
+    if grammar.kind == "lark" and (rules := len(_LARK_RULE.findall(grammar.source))) > MAX_LARK_RULES:
+        raise _invalid(f"it has {rules} rules, {MAX_LARK_RULES} are possible: join some", param)
+    if grammar.kind not in ("json_schema", "choice"):
+        return
     try:
-        if grammar.kind in ("json_schema", "choice") and (depth := _depth(json.loads(grammar.source))) > MAX_DEPTH:
-            raise _invalid(f"it is nested {depth} levels deep, {MAX_DEPTH} are possible: flatten it", param)
+        _check_value(json.loads(grammar.source), param)
     except (ValueError, RecursionError) as error:
         raise _invalid(str(error), param) from None
 
@@ -114,12 +136,24 @@ def _invalid(reason: str, param: str) -> InvalidRequest:
     return InvalidRequest(f"{param} cannot be served: {shown}", param=param, code="invalid_grammar")
 
 
-def _depth(value: Any) -> int:
-    """How deep lists and objects are nested; walks by hand, since the value may be deeper than Python's stack."""
-    deepest, waiting = 0, [(value, 1)]
+def _check_value(root: Any, param: str) -> None:
+    """The bounds of a schema. Walks by hand, since it may be deeper than Python's stack."""
+    deepest, waiting = 0, [(root, 1)]
+    references: set[str] = set()
     while waiting:
         node, level = waiting.pop()
-        if isinstance(node, dict | list):
-            deepest = max(deepest, level)
-            waiting += [(child, level + 1) for child in (node.values() if isinstance(node, dict) else node)]
-    return deepest
+        if not isinstance(node, dict | list):
+            continue
+        deepest = max(deepest, level)
+        waiting += [(child, level + 1) for child in (node.values() if isinstance(node, dict) else node)]
+        if isinstance(node, dict):
+            references |= {target for name in ("$ref", "$dynamicRef") if isinstance(target := node.get(name), str)}
+            named = node.get("patternProperties")
+            patterns = [node.get("pattern"), *(named if isinstance(named, dict) else ())]
+            longest = max((len(text) for text in patterns if isinstance(text, str)), default=0)
+            if longest > MAX_PATTERN_BYTES:
+                raise _invalid(f"a pattern has {longest} characters, {MAX_PATTERN_BYTES} are possible", param)
+    if deepest > MAX_DEPTH:
+        raise _invalid(f"it is nested {deepest} levels deep, {MAX_DEPTH} are possible: flatten it", param)
+    if len(references) > MAX_REFERENCES:
+        raise _invalid(f"it refers to {len(references)} definitions, {MAX_REFERENCES} are possible: join some", param)

@@ -61,3 +61,35 @@ def test_what_cannot_be_served_is_refused_with_the_reason(bad: Grammar, reason: 
         grammar.check(bad, "response_format")
     assert caught.value.param == "response_format"
     assert caught.value.code == "invalid_grammar"
+
+
+LEAST = -(2**63)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "reason"),
+    [
+        ("json_schema", json.dumps({"const": LEAST}), "write it as"),
+        ("json_schema", json.dumps({"enum": [1, LEAST + 300]}), "write it as"),
+        ("lark", f'start: %json {{"const": {LEAST}}}', "write it as"),
+        ("regex", "a?" * 5000, "8192 are possible"),
+        ("lark", "start: A\nA: /" + "a?" * 9000 + "/", "16384 are possible"),
+        ("lark", "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(400)) + '\nr400: "a"', "402 rules"),
+        ("json_schema", json.dumps({"type": "string", "pattern": "a?" * 5000}), "a pattern has 10000"),
+        (
+            "json_schema",
+            json.dumps({"$ref": "#/$defs/a0", "$defs": {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(900)}}),
+            "definitions",
+        ),
+    ],
+)
+def test_what_would_end_the_process_or_eat_its_memory_is_refused(kind: Any, source: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        grammar.check(Grammar(kind, source), "g")
+
+
+def test_numbers_near_the_least_integer_are_served() -> None:
+    for value in (-(2**63) + 2000, float(LEAST), 2**63 - 1):
+        grammar.check(Grammar("json_schema", json.dumps({"const": value})), "g")
+    deep = {f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(250)}
+    grammar.check(Grammar("json_schema", json.dumps({"$ref": "#/$defs/a0", "$defs": {**deep, "a250": {}}})), "g")
