@@ -122,7 +122,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a gateway must know of a model to serve it. ``model_dir`` is this node's own path."""
+    """What a gateway must know of a model to serve it. ``model_dir`` is this node's own path.
+
+    ``fallback`` is the model that may answer while this one cannot be served.
+    """
 
     id: str
     aliases: tuple[str, ...]
@@ -131,6 +134,7 @@ class ServedModel:
     created: int
     state: Literal["loading", "ready", "failed"]
     detail: str = ""
+    fallback: str | None = None
 
 
 class Routes(Protocol):

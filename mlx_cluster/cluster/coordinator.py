@@ -10,7 +10,7 @@ plan is replaced only when it cannot go on or the operator asks for something el
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,17 +23,33 @@ from mlx_cluster.config.schema import ModelEntry
 from mlx_cluster.errors import ClusterError, PlanError, UnsupportedModel
 from mlx_cluster.plan import Plan
 
+QUIET_SECONDS = 5.0  # a pipeline without work for so long may be moved to a better plan
 GRACE_SECONDS = 20.0  # how long a fresh coordinator waits for nodes it has never heard
 
 _log = log.get(__name__)
 
 
 class Placer(Protocol):
-    def __call__(self, model_id: str, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int) -> Plan:
-        """A plan for one model over (some of) the living nodes. Raises ``PlanError`` with the reason."""
+    def observe(self, nodes: Iterable[NodeStatus]) -> None:
+        """Learn what running pipelines show of their nodes."""
         ...
 
-    def wanted_split(self, entry: ModelEntry) -> Mapping[int, tuple[int, int]]:
+    def place(
+        self, model_id: str, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int, kept: Sequence[Plan]
+    ) -> tuple[Plan, ...]:
+        """Plans for the replicas of a model that are missing, over (some of) the living nodes, beside the kept plans.
+
+        As many as fit, at least one. Raises ``PlanError`` with the reason.
+        """
+        ...
+
+    def better(
+        self, plan: Plan, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int, kept: Sequence[Plan]
+    ) -> Plan | None:
+        """A plan for the same pipeline that is worth the pause, or None."""
+        ...
+
+    def wanted_split(self, entry: ModelEntry, living: Container[int]) -> Mapping[int, tuple[int, int]]:
         """The manual split as node id → ``[start, end)``; empty when placement is automatic."""
         ...
 
@@ -66,6 +82,8 @@ class Coordinator:
         self._grace_ends = started + grace_seconds
         self._led_term: int | None = None
         self._own: set[tuple[str, int]] = set()  # plans placed or adopted in the led term
+        self._weighed: dict[str, frozenset[int]] = {}  # the nodes that lived when a pipeline was last placed or weighed
+        self._quiet_since: dict[str, float] = {}
 
     def decide(self, view: ClusterView, leadership: Leadership, document: ClusterDocument, now: float) -> Decision:
         leads = leadership.node_id == view.self_id
@@ -86,36 +104,87 @@ class Coordinator:
         if self._led_term != leadership.term:
             self._led_term = leadership.term
             self._own = {(p.pipeline, p.version) for p in document.plans if _runs(p, view.living)}
-        return self._plan_all(view, leadership, document, push)
+        return self._plan_all(view, leadership, document, push, now)
 
     def _plan_all(
-        self, view: ClusterView, leadership: Leadership, document: ClusterDocument, push: tuple[int, ...]
+        self, view: ClusterView, leadership: Leadership, document: ClusterDocument, push: tuple[int, ...], now: float
     ) -> Decision:
         version = _next_version(document, view.living)
-        plans: list[Plan] = []
-        unplaced: list[tuple[str, str]] = []
-        for model_id, entry in self._models.items():
-            current = document.plan(model_id)
-            if current is not None and self._keeps(current, entry, view):
-                plans.append(current)
-                continue
-            try:
-                plan = self._place(model_id, entry, view.living, version)
-            except (PlanError, UnsupportedModel) as error:
-                unplaced.append((model_id, str(error)))
-                continue
-            plans.append(plan)
-            self._own.add((plan.pipeline, plan.version))
+        self._place.observe(view.living)
+        plans, unplaced = self._place_missing(view, document, version)
+        plans = self._improve(plans, view, version, now)
         members = tuple(n.member for n in view.nodes)
         wanted = replace(document, plans=tuple(plans), members=members, term=leadership.term)
         torn = any(s.document == document.rank and s.document_hash != document.hash() for s in view.living)
         if wanted == document and not torn:
-            return Decision(push=push, unplaced=tuple(unplaced))
+            return Decision(push=push, unplaced=unplaced)
         committed = replace(wanted, version=version)
         everybody = tuple(s.node_id for s in view.living if s.node_id != view.self_id)
-        return Decision(commit=committed, push=everybody, unplaced=tuple(unplaced))
+        return Decision(commit=committed, push=everybody, unplaced=unplaced)
 
-    def _keeps(self, plan: Plan, entry: ModelEntry, view: ClusterView) -> bool:
+    def _place_missing(
+        self, view: ClusterView, document: ClusterDocument, version: int
+    ) -> tuple[list[Plan], tuple[tuple[str, str], ...]]:
+        """The plans that go on, and new ones for what lacks one; with the reason for each model that gets none.
+
+        Models that are there only as a fallback come last, and only while somebody needs them.
+        """
+        going_on = [p for p in document.plans if p.model.id in self._models and self._keeps(p, view)]
+        chosen: dict[str, list[Plan]] = {}
+        unplaced: list[tuple[str, str]] = []
+        for model_id, entry in sorted(self._models.items(), key=lambda item: item[1].serve == "fallback"):
+            if entry.serve == "fallback" and not self._stands_in(model_id, chosen):
+                continue
+            chosen[model_id] = [p for p in going_on if p.model.id == model_id][: entry.replicas]
+            missing = entry.replicas - len(chosen[model_id])
+            if not missing:
+                continue
+            placed = [p for plans in chosen.values() for p in plans]
+            kept = [*placed, *(p for p in going_on if p.model.id not in chosen)]
+            try:
+                new = self._place.place(model_id, entry, view.living, version, kept)
+            except (PlanError, UnsupportedModel) as error:
+                if not chosen[model_id]:
+                    unplaced.append((model_id, str(error)))
+                continue
+            chosen[model_id] += new
+            for plan in new:
+                self._own.add((plan.pipeline, plan.version))
+                self._weighed[plan.pipeline] = frozenset(s.node_id for s in view.living)
+        return [p for model_id in self._models for p in chosen.get(model_id, [])], tuple(unplaced)
+
+    def _stands_in(self, model_id: str, chosen: Mapping[str, Sequence[Plan]]) -> bool:
+        """Whether some model without a plan names this one as its fallback."""
+        return any(
+            entry.fallback_model == model_id and not chosen.get(other)
+            for other, entry in self._models.items()
+            if entry.serve == "always"
+        )
+
+    def _improve(self, plans: list[Plan], view: ClusterView, version: int, now: float) -> list[Plan]:
+        """A node has come since a plan was weighed: at a quiet moment a plan that pays takes its place."""
+        living = frozenset(s.node_id for s in view.living)
+        running = {p.plan.pipeline: p.running for s in view.living for p in s.pipelines if p.state == "ready"}
+        result: list[Plan] = []
+        for plan in plans:
+            entry = self._models[plan.model.id]
+            known = self._weighed.setdefault(plan.pipeline, frozenset(s.node_id for s in plan.stages))
+            if running.get(plan.pipeline) != 0 or living <= known or entry.replicas > 1:
+                self._quiet_since.pop(plan.pipeline, None)
+                result.append(plan)
+                continue
+            if now - self._quiet_since.setdefault(plan.pipeline, now) < QUIET_SECONDS:
+                result.append(plan)
+                continue
+            self._weighed[plan.pipeline] = living
+            better = self._place.better(plan, entry, view.living, version, plans)
+            if better is not None:
+                _log.info("a better plan", pipeline=plan.pipeline, version=version)
+                self._own.add((better.pipeline, better.version))
+            result.append(better or plan)
+        return result
+
+    def _keeps(self, plan: Plan, view: ClusterView) -> bool:
         """Whether a plan goes on: it runs or was made by us, all its nodes live, and it is what the operator wants."""
         if (plan.pipeline, plan.version) not in self._own:
             return False
@@ -128,7 +197,12 @@ class Coordinator:
             facts = node.status.model(plan.model.id) if node and node.status else None
             if facts is not None and facts.manifest_hash != plan.model.manifest_hash:
                 return False
-        split = self._place.wanted_split(entry)
+        return self._is_wanted(plan, view)
+
+    def _is_wanted(self, plan: Plan, view: ClusterView) -> bool:
+        """Not when a manual split could be had that this plan is not."""
+        living = {s.node_id for s in view.living}
+        split = self._place.wanted_split(self._models[plan.model.id], living)
         holds = {stage.node_id: (stage.start, stage.end) for stage in plan.stages}
         can_split = bool(split) and all(
             (node := view.node(node_id)) is not None

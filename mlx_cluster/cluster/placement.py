@@ -123,6 +123,11 @@ def place(
     return _choose(table, objective, hop_bytes, why)
 
 
+def stage_bytes(costs: ModelCosts, start: int, end: int) -> int:
+    """Bytes of weights and promised cache that a stage ``[start, end)`` holds."""
+    return _Table(costs, (NodeBudget(0, ""),)).memory(start, end)
+
+
 def estimate_warnings(placement: Placement, estimates: Mapping[int, int], names: Mapping[int, str]) -> list[str]:
     """One line for each node whose computed bytes are far from what somebody estimated."""
     lines: list[str] = []

@@ -64,12 +64,18 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True)
 class PipelineStatus:
-    """A pipeline that this node drives: it holds stage 0 and the engine. ``plan`` carries the transport in use."""
+    """A pipeline that this node drives: it holds stage 0 and the engine. ``plan`` carries the transport in use.
+
+    ``running`` counts its sequences, waiting ones too; ``step_seconds`` is what a decode step took each stage in the
+    mean, over the same steps (empty until enough were seen).
+    """
 
     plan: Plan
     epoch: Epoch
     state: PipelineState
     detail: str = ""
+    running: int = 0
+    step_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,14 @@ class NodeStatus:
         for stage, value in zip(data["stages"], self.stages, strict=True):
             stage["epoch"] = str(value.epoch)
         data["pipelines"] = [
-            {"plan": p.plan.to_json(), "epoch": str(p.epoch), "state": p.state, "detail": p.detail}
+            {
+                "plan": p.plan.to_json(),
+                "epoch": str(p.epoch),
+                "state": p.state,
+                "detail": p.detail,
+                "running": p.running,
+                "step_seconds": list(p.step_seconds),
+            }
             for p in self.pipelines
         ]
         data["epochs"] = [[pipeline, str(epoch)] for pipeline, epoch in self.epochs]
@@ -138,7 +151,14 @@ class NodeStatus:
                 StageStatus(**{**stage, "epoch": Epoch.parse(stage["epoch"])}) for stage in data.pop("stages")
             ),
             pipelines=tuple(
-                PipelineStatus(Plan.from_json(p["plan"]), Epoch.parse(p["epoch"]), p["state"], p["detail"])
+                PipelineStatus(
+                    Plan.from_json(p["plan"]),
+                    Epoch.parse(p["epoch"]),
+                    p["state"],
+                    p["detail"],
+                    p["running"],
+                    tuple(p["step_seconds"]),
+                )
                 for p in data.pop("pipelines")
             ),
             epochs=tuple((pipeline, Epoch.parse(epoch)) for pipeline, epoch in data.pop("epochs")),

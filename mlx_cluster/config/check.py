@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlx_cluster.config.names import find_node, manual_stages, node_name
+from mlx_cluster.config.names import did_you_mean, find_node, manual_stages, node_name
 from mlx_cluster.config.schema import ModelEntry, Settings
 from mlx_cluster.errors import ConfigError, PlanError
 from mlx_cluster.plan import check_cover
@@ -67,8 +67,36 @@ def _check_keys(settings: Settings, place_of: PlaceOf) -> None:
         hashes[key.tenant] = key.name
 
 
+def _check_replicas_and_fallback(settings: Settings, model_id: str, model: ModelEntry, place_of: PlaceOf) -> None:
+    at: Path = ("models", model_id)
+    if model.replicas > 1 and (model.split is not None or model.sharding):
+        raise _error(
+            f"models.{model_id} has a manual split and {model.replicas} replicas: a split names the nodes of one "
+            "pipeline; remove it, or serve the second replica as a model of its own",
+            (*at, "replicas"),
+            place_of,
+        )
+    other = model.fallback_model
+    if other is None:
+        return
+    if other == model_id or other not in settings.models:
+        raise _error(
+            f"fallback_model {other!r} of models.{model_id} is not another model of this configuration"
+            + did_you_mean(other, [name for name in settings.models if name != model_id]),
+            (*at, "fallback_model"),
+            place_of,
+        )
+    if settings.models[other].fallback_model is not None:
+        raise _error(
+            f"fallback_model {other!r} of models.{model_id} has a fallback itself: one step is all there is",
+            (*at, "fallback_model"),
+            place_of,
+        )
+
+
 def _check_model(settings: Settings, model_id: str, model: ModelEntry, place_of: PlaceOf) -> None:
     at: Path = ("models", model_id)
+    _check_replicas_and_fallback(settings, model_id, model, place_of)
     if model.split is not None and model.sharding:
         raise _error(f"models.{model_id} has both 'split' and 'sharding': keep one", (*at, "split"), place_of)
     batching = model.batching

@@ -183,6 +183,7 @@ class NodeSettings(Section):
 
     model_dirs: tuple[str, ...] = ()
     memory_budget: MemoryAmount | None = None  # "12GB"; default: what the machine has
+    standby: bool = False  # holds layers only while another node is away, or when the model fits no other way
     interfaces: tuple[str, ...] = ()
     bind: str | None = None
     state_dir: str | None = None
@@ -217,6 +218,9 @@ class ModelEntry(Section):
     max_context: Annotated[int, Field(ge=1)] | None = None
     objective: Literal["throughput", "latency"] = "throughput"  # of automatic placement
     replicas: Annotated[int, Field(ge=1, le=16)] = 1  # pipelines of this model, as many of them as fit
+    # Another model of this file that answers, under its own name, while this one cannot be placed.
+    fallback_model: str | None = None
+    serve: Literal["always", "fallback"] = "always"  # fallback: loaded only while a model needs it as its fallback
     # Which replica serves a request.
     routing: Literal["round_robin", "least_connections", "least_latency", "random", "weighted", "prefix_affinity"] = (
         "prefix_affinity"

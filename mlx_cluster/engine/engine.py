@@ -33,6 +33,7 @@ from mlx_cluster.wire import encode_microbatch
 
 _log = log.get("engine")
 
+ENOUGH_STEPS = 64  # decode steps until their mean says something of a stage
 _SILENCE_SECONDS = 6.0  # a stage answers ticks at once, also while it computes; longer silence is a frozen process
 _REHEARSAL_SECONDS = 3.0  # of an idle pipeline, for measuring its steps
 
@@ -55,6 +56,18 @@ class _Trip:
     held: Report | None = None  # the last stage's, where all stages must have reported first
     alone: bool = False  # nothing else was in the pipeline while it travelled
     compute_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Decode steps of one stage. All stages see the same steps, so their means compare."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.seconds += seconds
 
 
 class PipelineEngine:
@@ -100,6 +113,7 @@ class PipelineEngine:
         self._rehearsal: asyncio.Task[None] | None = None
         self._num_tokens = self._num_fallbacks = 0
         self._busy_seconds = [0.0] * plan.num_stages
+        self._steps = [_Steps() for _ in range(plan.num_stages)]
         self._streams = [
             StageStream(
                 index,
@@ -195,6 +209,18 @@ class PipelineEngine:
                 self._scheduler.cancel(sequence_id)
                 self._pump()
 
+    @property
+    def running(self) -> int:
+        """Sequences that were taken and have not ended."""
+        return len(self._clients)
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]:
+        """The mean decode step of each stage; empty until each has reported enough of them."""
+        if min(steps.count for steps in self._steps) < ENOUGH_STEPS:
+            return ()
+        return tuple(steps.seconds / steps.count for steps in self._steps)
+
     def statistics(self) -> dict[str, Any]:
         return {
             **self._scheduler.statistics(),
@@ -261,6 +287,7 @@ class PipelineEngine:
         self._busy_seconds[report.stage] += report.compute_seconds
         if trip.microbatch.kind is not Kind.DECODE:
             return
+        self._steps[report.stage].add(report.compute_seconds)
         self._fill.observe(report.stage, len(trip.microbatch.rows), report.compute_seconds)
         trip.compute_seconds += report.compute_seconds
         if everybody and trip.alone:

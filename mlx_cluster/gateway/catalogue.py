@@ -63,6 +63,18 @@ class Catalogue:
         known = ", ".join(repr(model.id) for model in models) or "none"
         raise ModelNotFound(f"the model {name[:128]!r} does not exist; models of this cluster: {known}", param="model")
 
+    def serving(self, name: str) -> ServedModel:
+        """As ``find``, but a model that cannot be served gives way to its fallback, when that one is ready.
+
+        The answer carries the fallback's own name, so a client can tell.
+        """
+        model = self.find(name)
+        if model.state == "failed" and model.fallback is not None:
+            other = self.find(model.fallback)
+            if other.state == "ready":
+                return other
+        return model
+
     def engine_for(self, model: ServedModel) -> Engine:
         """Raises ``Unavailable`` while the model is not ready."""
         return self._routes.engine_for(model.id)

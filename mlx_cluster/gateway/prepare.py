@@ -55,7 +55,7 @@ async def prepare(
 ) -> Prepared:
     """Resolve the model, tokenize, check. Raises ``InvalidRequest`` and its kinds, or ``Unavailable``."""
     priority = ask.caller.priority(ask.priority)
-    model = catalogue.find(ask.model)
+    model = catalogue.serving(ask.model)
     engine = catalogue.engine_for(model)  # first: a model that is not ready needs no tokenizing
     tokenizer = await catalogue.tokenizer(model)
     prompt, opened = await _prompt_ids(ask, tokenizer, catalogue)

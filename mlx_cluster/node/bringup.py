@@ -46,6 +46,12 @@ class DrivenEngine(Engine, Protocol):
     lost: asyncio.Event
     lost_reason: str
 
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]: ...
+
     async def start(self, timeout_seconds: float) -> None: ...
 
     async def canary(self, timeout_seconds: float) -> None: ...
@@ -101,7 +107,10 @@ class PipelineDriver:
 
     @property
     def status(self) -> PipelineStatus:
-        return self._status
+        engine = self._engine
+        if engine is None:
+            return self._status
+        return replace(self._status, running=engine.running, step_seconds=engine.step_seconds)
 
     @property
     def engine(self) -> DrivenEngine | None:

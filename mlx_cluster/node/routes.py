@@ -96,4 +96,5 @@ class NodeRoutes:
             created=local.created,
             state=cast('Literal["loading", "ready", "failed"]', state),
             detail=detail,
+            fallback=self._models[model_id].fallback_model,
         )

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cluster.cluster.coordinator import Coordinator, Decision, agreed_facts, available_bytes, push
+from mlx_cluster.cluster.coordinator import QUIET_SECONDS, Coordinator, Decision, agreed_facts, available_bytes, push
 from mlx_cluster.cluster.document import ClusterDocument, accept
 from mlx_cluster.cluster.leader import Leadership, LowestLiveNode
 from mlx_cluster.cluster.membership import Membership
 from mlx_cluster.cluster.status import NodeStatus, PipelineStatus, StageStatus
 from mlx_cluster.config.schema import ModelEntry
 from mlx_cluster.errors import Fenced, PlanError
-from mlx_cluster.plan import Epoch, Plan, even_counts
+from mlx_cluster.plan import Epoch, ModelRef, Plan, even_counts
 from tests.unit.cluster.builders import GIB, VERSION, facts, members, plan, status, view
 
 LED = Leadership(0, 1)
@@ -26,11 +26,17 @@ class EvenPlacer:
 
     def __init__(self, split: Mapping[int, tuple[int, int]] | None = None, capacity: int = 99) -> None:
         self.split, self.capacity = split or {}, capacity
+        self.observed = 0
 
-    def wanted_split(self, entry: ModelEntry) -> Mapping[int, tuple[int, int]]:
+    def wanted_split(self, entry: ModelEntry, living: Container[int]) -> Mapping[int, tuple[int, int]]:
         return self.split
 
-    def __call__(self, model_id: str, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int) -> Plan:
+    def observe(self, nodes: Iterable[NodeStatus]) -> None:
+        self.observed += 1
+
+    def place(
+        self, model_id: str, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int, kept: Sequence[Plan]
+    ) -> tuple[Plan, ...]:
         known, holders = agreed_facts(model_id, nodes)
         ids = sorted(s.node_id for s in holders)
         if self.split and set(self.split) <= set(ids):
@@ -39,7 +45,18 @@ class EvenPlacer:
             counts = dict(zip(ids, even_counts(known.num_layers, len(ids)), strict=True))
         if max(counts.values()) > self.capacity:
             raise PlanError(f"{max(counts.values()) - self.capacity} layers too many")
-        return plan(counts, version, model_id, known.manifest_hash)
+        taken = {p.pipeline for p in kept}
+        names = [name for name in (model_id, *(f"{model_id}#{n}" for n in (2, 3))) if name not in taken]
+        return tuple(
+            replace(plan(counts, version, name, known.manifest_hash), model=ModelRef(model_id, known.manifest_hash, 6))
+            for name in names[: entry.replicas - sum(p.model.id == model_id for p in kept)]
+        )
+
+    def better(
+        self, plan: Plan, entry: ModelEntry, nodes: tuple[NodeStatus, ...], version: int, kept: Sequence[Plan]
+    ) -> Plan | None:
+        (best,) = self.place(plan.model.id, entry, nodes, version, [])
+        return best if best.num_stages > plan.num_stages else None
 
 
 def coordinator(placer: EvenPlacer | None = None, transport: str = "auto") -> Coordinator:
@@ -108,6 +125,58 @@ def test_a_node_that_returns_is_standby_unless_a_manual_split_names_it() -> None
         assert (back.commit is not None) is changes
         if back.commit is not None:
             assert [(s.start, s.end) for s in back.commit.plans[0].stages] == list(split.values())
+
+
+def serving(document: ClusterDocument, running: int, driver: int = 0) -> dict[int, NodeStatus | None]:
+    """Told, and node ``driver`` drives every plan that begins there."""
+    statuses = told(document, THREE)
+    now = statuses[driver]
+    assert now is not None
+    driven = tuple(
+        PipelineStatus(p, Epoch(p.version, 1), "ready", running=running)
+        for p in document.plans
+        if p.engine_node_id == driver
+    )
+    statuses[driver] = replace(now, pipelines=driven)
+    return statuses
+
+
+def test_a_node_that_returns_is_used_again_at_a_quiet_moment() -> None:
+    deciding = coordinator()
+    first = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    two = committed(deciding.decide(view(0, told(first, THREE), dead=frozenset({1})), LED, first, now=3.0))
+    for now in (10.0, 20.0):
+        assert deciding.decide(view(0, serving(two, running=1)), LED, two, now=now).commit is None, "it is at work"
+    assert deciding.decide(view(0, serving(two, running=0)), LED, two, now=21.0).commit is None, "quiet for no time"
+    three = committed(deciding.decide(view(0, serving(two, running=0)), LED, two, now=21.0 + QUIET_SECONDS))
+    assert [s.node_id for s in three.plans[0].stages] == [0, 1, 2]
+    assert three.plans[0].version > two.plans[0].version
+    assert deciding.decide(view(0, serving(three, running=0)), LED, three, now=90.0).commit is None
+
+
+def test_lost_replicas_are_made_again_and_the_others_go_on() -> None:
+    deciding = Coordinator({"tiny": ModelEntry(replicas=2)}, EvenPlacer(), "auto", 0.0, 20.0)
+    first = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    assert [p.pipeline for p in first.plans] == ["tiny", "tiny#2"]
+    fewer = replace(first, plans=first.plans[1:])
+    later = committed(deciding.decide(view(0, told(fewer, THREE)), LED, fewer, now=3.0))
+    assert [p.pipeline for p in later.plans] == ["tiny#2", "tiny"]
+    assert later.plans[0] == first.plans[1], "the replica that lived was not touched"
+
+
+def test_a_fallback_is_placed_only_while_somebody_needs_it() -> None:
+    class Picky(EvenPlacer):
+        def place(self, model_id: str, *rest: Any) -> tuple[Plan, ...]:
+            if model_id == "big" and self.capacity < 10:
+                raise PlanError("too big")
+            return super().place("tiny", *rest)
+
+    models = {"tiny": ModelEntry(serve="fallback"), "big": ModelEntry(fallback_model="tiny")}
+    placer = Picky(capacity=3)
+    deciding = Coordinator(models, placer, "auto", 0.0, 20.0)
+    small = deciding.decide(view(0, THREE), LED, EMPTY, now=2.0)
+    assert [p.pipeline for p in committed(small).plans] == ["tiny"]
+    assert small.unplaced == (("big", "too big"),)
 
 
 def test_what_does_not_fit_is_said_and_the_old_plan_ends() -> None:

@@ -295,6 +295,10 @@ def test_a_secret_file_that_is_missing_is_named() -> None:
             "'node_0' cannot hold the output head",
         ),
         ("m: {aliases: [k]}\n  k: {}", "'k' names both 'm' and 'k'"),
+        ("m: {split: 10/9/9, replicas: 2}", "a manual split and 2 replicas"),
+        ("m: {fallback_model: n}", "fallback_model 'n' of models.m is not another model"),
+        ("m: {fallback_model: m}", "is not another model"),
+        ("m: {fallback_model: k}\n  k: {fallback_model: m}", "has a fallback itself"),
     ],
 )
 def test_a_split_that_cannot_be_is_refused_with_its_place(tmp_path: Path, models: str, words: str) -> None:

@@ -51,6 +51,7 @@ class ScriptedEngine:
         self.lost = asyncio.Event()
         self.lost_reason = ""
         self.stopped_with: ClusterError | None = None
+        self.running, self.step_seconds = 0, ()
 
     async def start(self, timeout_seconds: float) -> None: ...
 

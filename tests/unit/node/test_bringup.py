@@ -24,6 +24,7 @@ class FakeEngine:
         self.lost = asyncio.Event()
         self.lost_reason = ""
         self.stopped_with: ClusterError | None = None
+        self.running, self.step_seconds = 0, ()
 
     async def start(self, timeout_seconds: float) -> None:
         self.world.steps.append("engine")
