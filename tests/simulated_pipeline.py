@@ -32,8 +32,10 @@ class SimulatedPipeline:
     known_rows: set[int] = field(default_factory=set)
     on_stage_report: Callable[[int, Microbatch, float], None] | None = None
     check: bool = True
+    script: Callable[[int, int], int] = scripted_token  # (row, index) → the token that it draws
     lose_load: Callable[[int], bool] = lambda _entry: False  # whether a stage turns out not to have an entry
     contents: dict[int, list[int]] = field(default_factory=dict)  # row → the tokens in its caches
+    drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of rows whose block is not settled
     entries: dict[int, tuple[int, ...]] = field(default_factory=dict)
     num_loads: int = 0
 
@@ -67,16 +69,26 @@ class SimulatedPipeline:
         self.now, _, microbatch = heapq.heappop(self._done)
         sampled = []
         if microbatch.sample:
-            for row in microbatch.rows:
-                index = self._drawn.get(row, 0)
-                self._drawn[row] = index + 1
-                sampled.append(Sampled(row, scripted_token(row, index)))
+            for row, tokens in zip(microbatch.rows, microbatch.row_tokens(), strict=True):
+                draft = tokens[1:] if microbatch.kind is Kind.VERIFY else ()
+                sampled += self._draw(row, draft)
         missing = tuple(row for row in microbatch.rows if row in self._missing)
         report = Report(microbatch.id, len(self.stage_times) - 1, sampled=tuple(sampled), missing=missing)
         self.scheduler.restart_rows(missing)
         self._record(self.scheduler.complete(report))
         self.pump()
         return True
+
+    def _draw(self, row: int, draft: tuple[int, ...]) -> list[Sampled]:
+        """The row's next token, and those behind it as far as the draft has them."""
+        drawn: list[Sampled] = []
+        for guess in (*draft, None):
+            index = self._drawn.get(row, 0)
+            self._drawn[row] = index + 1
+            drawn.append(Sampled(row, self.script(row, index)))
+            if drawn[-1].token_id != guess:
+                break
+        return drawn
 
     def run(self, max_steps: int = 20_000) -> None:
         for _ in range(max_steps):
@@ -102,6 +114,11 @@ class SimulatedPipeline:
 
     def _check_rows(self, microbatch: Microbatch) -> None:
         """Do what every stage does with the header, and check that it makes sense."""
+        for trim in microbatch.trim:
+            assert 0 < len(self.contents[trim.row]) - trim.length < len(self.drafts[trim.row]) + 1, "not a draft"
+            del self.contents[trim.row][trim.length :]
+        for row in (*microbatch.rows, *(store.row for store in microbatch.store)):
+            self.drafts.pop(row, None)
         for store in microbatch.store:
             self.entries[store.entry] = tuple(self.contents[store.row])
         for row in microbatch.release:
@@ -125,7 +142,10 @@ class SimulatedPipeline:
         for row, tokens in zip(microbatch.rows, microbatch.row_tokens(), strict=True):
             assert not microbatch.lengths or not self.contents[row], "several prompts together are fresh"
             self.contents[row] += tokens
-            if microbatch.sample and row not in self._missing:
+            if microbatch.kind is Kind.VERIFY:
+                self.drafts[row] = tokens[1:]
+                assert tuple(self.contents[row][: -len(tokens) + 1]) == self.scheduler.tokens_of(row)
+            elif microbatch.sample and row not in self._missing:
                 assert tuple(self.contents[row]) == self.scheduler.tokens_of(row), "the caches hold something else"
 
     def _record(self, effects: list[Effect]) -> None:

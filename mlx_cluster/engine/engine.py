@@ -23,6 +23,7 @@ from mlx_cluster.engine.rehearsal import rehearse
 from mlx_cluster.engine.rehearsal import request as canary_request
 from mlx_cluster.engine.scheduler import Scheduler
 from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Started
+from mlx_cluster.engine.speculation import BlockCosts, Bounds, Speculation
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
 from mlx_cluster.engine.waiting import Share
 from mlx_cluster.errors import ClusterError, ContextLengthExceeded, StageLost, StageStartError, Unavailable
@@ -84,6 +85,7 @@ class PipelineEngine:
         report_deadline_seconds: float,
         prefix: Limits | None = None,
         shares: Mapping[str, Share] | None = None,
+        drafts: Bounds | None = None,
     ) -> None:
         self.plan = plan
         self.epoch = epoch
@@ -93,6 +95,7 @@ class PipelineEngine:
         self._report_deadline_seconds = report_deadline_seconds
         self._max_rows = settings.max_rows
         self._fill = Fill(plan.num_stages, settings.max_groups)
+        self._block_costs = BlockCosts(plan.num_stages, lambda: self._fill.hop_seconds)
         self._scheduler = Scheduler(
             Policy(
                 num_stages=plan.num_stages,
@@ -105,6 +108,7 @@ class PipelineEngine:
                 ageing_seconds=settings.ageing_seconds,
             ),
             PrefixIndex(prefix) if prefix is not None else None,
+            Speculation(drafts, self._block_costs) if drafts is not None else None,
         )
         self._clients: dict[int, _Client] = {}
         self._trips: dict[int, _Trip] = {}
@@ -285,6 +289,8 @@ class PipelineEngine:
 
     def _measure(self, trip: _Trip, report: Report, everybody: bool) -> None:
         self._busy_seconds[report.stage] += report.compute_seconds
+        if trip.microbatch.kind in (Kind.DECODE, Kind.VERIFY) and len(trip.microbatch.rows) == 1:
+            self._block_costs.observe(report.stage, len(trip.microbatch.tokens), report.compute_seconds)
         if trip.microbatch.kind is not Kind.DECODE:
             return
         self._steps[report.stage].add(report.compute_seconds)

@@ -25,7 +25,7 @@ Generate = Callable[[SequenceRequest], AsyncGenerator[Event]]
 
 def request(model: str, tokens: int) -> SequenceRequest:
     """A generation that nobody reads: greedy, from a prompt that every vocabulary has."""
-    return SequenceRequest("canary", model, _PROMPT, tokens, Sampling(temperature=0.0))
+    return SequenceRequest("canary", model, _PROMPT, tokens, Sampling(temperature=0.0), speculate=False)
 
 
 async def rehearse(generate: Generate, model: str, fill: Fill, *, max_rows: int, seconds: float) -> None:

@@ -29,16 +29,19 @@ from mlx_cluster.engine.sequence import (
     Started,
     row_spec,
 )
+from mlx_cluster.engine.speculation import Speculation
 from mlx_cluster.engine.waiting import WaitingQueue
 from mlx_cluster.errors import QueueTimeout, RowFailed
-from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Trim
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
 
 
 class Scheduler:
     """A state machine: ``submit`` and ``cancel`` sequences, ask ``next`` for work, tell it each ``complete``."""
 
-    def __init__(self, policy: Policy, prefix: PrefixIndex | None = None) -> None:
+    def __init__(
+        self, policy: Policy, prefix: PrefixIndex | None = None, speculation: Speculation | None = None
+    ) -> None:
         self.policy = policy
         self._book = PrefixBook(prefix)
         self._waiting: WaitingQueue[SequenceState] = WaitingQueue(
@@ -49,7 +52,9 @@ class Scheduler:
         self._live: dict[int, SequenceState] = {}
         self._rows: dict[int, SequenceState] = {}
         self._in_flight: dict[int, InFlight] = {}
+        self._speculation = speculation
         self._release: list[int] = []
+        self._trim: list[Trim] = []
         self._effects: list[Effect] = []
         self._next_sequence = 0
         self._next_row = 0
@@ -109,12 +114,17 @@ class Scheduler:
         if done is None:
             return self._take_effects()
         self.fail_rows(report.failed)
-        sampled = {s.row: s for s in report.sampled}
+        sampled: dict[int, list[Sampled]] = {}
+        for one in report.sampled:
+            sampled.setdefault(one.row, []).append(one)
         for sequence in done.sequences:
             drawn = sampled.get(sequence.row)
             if drawn is None or sequence.id not in self._live:
                 continue
-            self._draw(sequence, Token(sequence.num_emitted, drawn.token_id, drawn.logprob, drawn.top))
+            if done.microbatch.kind is Kind.VERIFY:
+                self._verified(sequence, done.microbatch, drawn)
+                continue
+            self._draw(sequence, drawn[0])
             if done.microbatch.kind is Kind.PREFILL and sequence.id in self._live:
                 self._groups.add(sequence)
         if done.group is not None:
@@ -194,6 +204,7 @@ class Scheduler:
             "rows": len(self._rows),
             "in_flight": len(self._in_flight),
             **self._book.statistics(),
+            **(self._speculation.statistics() if self._speculation is not None else {}),
         }
 
     def audit(self) -> None:
@@ -250,6 +261,12 @@ class Scheduler:
 
     def _step(self, group: Group) -> Microbatch:
         self._prefill.step_left()
+        if self._speculation is not None and len(group.members) == 1:
+            (sequence,) = group.members
+            draft = self._speculation.draft(sequence, crowded=len(self._groups) > 1)
+            if draft:
+                block = (sequence.emitted[-1], *draft)
+                return self._dispatch(Kind.VERIFY, sequences=(sequence,), tokens=block, sample=True, group=group)
         return self._dispatch(
             Kind.DECODE,
             sequences=tuple(group.members),
@@ -284,14 +301,30 @@ class Scheduler:
             store=store,
             load=load,
             evict=evict,
+            trim=tuple(self._trim),
         )
         self._release.clear()
+        self._trim.clear()
         self._granted = self.credits
         self._next_microbatch += 1
         self._in_flight[microbatch.id] = InFlight(microbatch, sequences, group)
         return microbatch
 
-    def _draw(self, sequence: SequenceState, token: Token) -> None:
+    def _verified(self, sequence: SequenceState, block: Microbatch, drawn: Sequence[Sampled]) -> None:
+        """A draft came back: its tokens up to the first that was wrong, and the right one in the place of that."""
+        assert self._speculation is not None
+        computed = sequence.num_positions + len(block.tokens)
+        self._speculation.verified(sequence, len(block.tokens) - 1, len(drawn) - 1)
+        for one in drawn:
+            if sequence.id not in self._live:
+                break  # the draft went beyond its end
+            self._draw(sequence, one)
+        if sequence.num_positions < computed:
+            # With the very next header, so before anything else concerns the row: its store, say, or its release.
+            self._trim.append(Trim(sequence.row, sequence.num_positions))
+
+    def _draw(self, sequence: SequenceState, drawn: Sampled) -> None:
+        token = Token(sequence.num_emitted, drawn.token_id, drawn.logprob, drawn.top)
         sequence.emitted.append(token.token_id)
         self._effects.append(Drew(sequence.id, token))
         reason: FinishReason | None = None
@@ -307,6 +340,8 @@ class Scheduler:
     def _end(self, sequence: SequenceState) -> None:
         """Take a sequence out of wherever it is and let its row go with the next microbatch."""
         del self._live[sequence.id]
+        if self._speculation is not None:
+            self._speculation.forget(sequence)
         if sequence.row < 0:
             self._waiting.remove(sequence.id)
             return

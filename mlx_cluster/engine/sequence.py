@@ -88,6 +88,11 @@ class SequenceState:
     def num_emitted(self) -> int:
         return len(self.request.emitted) + len(self.emitted)
 
+    @property
+    def num_positions(self) -> int:
+        """How many of its tokens are computed between two steps: all but the last, which was only drawn."""
+        return len(self.tokens) + len(self.emitted) - 1
+
 
 @dataclass(slots=True, eq=False)
 class Group:
