@@ -173,6 +173,18 @@ class SchedulerSection(Section):
     share_identical: bool = False  # identical greedy requests of one key that run at once are computed once
 
 
+class SpeculationSection(Section):
+    """Drafts of what comes next, verified as one block. Which tokens come out never depends on them, only how soon.
+
+    ``auto`` tries them where blocks are measured to be cheap and drafts to come true; ``on`` always; ``off`` never,
+    whatever a request asks for. Only rows that decode alone try them, on models whose caches can all be cut.
+    """
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    max_draft: Annotated[int, Field(ge=1, le=64)] = 8  # tokens
+    min_match: Annotated[int, Field(ge=1, le=16)] = 3  # a draft is what followed so many of the last tokens before
+
+
 class LogSection(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["console", "json"] = "console"
@@ -237,6 +249,7 @@ class Settings(Section):
     network: NetworkSection = NetworkSection()
     runtime: RuntimeSection = RuntimeSection()
     scheduler: SchedulerSection = SchedulerSection()
+    speculation: SpeculationSection = SpeculationSection()
     log: LogSection = LogSection()
     nodes: dict[str, NodeSettings] = {}
     models: dict[str, ModelEntry] = {}

@@ -87,5 +87,6 @@ class Ask:
     grammar: Grammar | None = None
     grammar_field: str = "response_format"
     priority: int | None = None  # None: what the key's requests have
+    speculate: bool | None = None  # None: as the engine sees fit
     caller: Caller = NOBODY
     splits_reasoning: bool = False  # whether the dialect can show reasoning apart from text

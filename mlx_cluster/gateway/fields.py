@@ -63,6 +63,7 @@ _SAMPLING: Mapping[str, Rule] = dict.fromkeys(
         "guided_grammar",
         "structured_outputs",
         "priority",
+        "speculation",
     ),
     HONOURED,
 )
@@ -122,6 +123,7 @@ MESSAGES: Mapping[str, Rule] = {
             "top_p",
             "top_k",
             "priority",
+            "speculation",
         ),
         HONOURED,
     ),
@@ -170,6 +172,7 @@ RESPONSES: Mapping[str, Rule] = {
             "metadata",
             "parallel_tool_calls",
             "priority",
+            "speculation",
         ),
         HONOURED,
     ),

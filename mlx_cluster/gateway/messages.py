@@ -197,6 +197,7 @@ class MessagesBody(Body):
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] = Field(default=[])
     tool_choice: ToolChoice | None = None
     priority: AskedPriority | None = None
+    speculation: bool | None = None
 
     def check(self) -> None:
         """What only matters when there is to be an answer."""
@@ -238,6 +239,7 @@ class MessagesBody(Body):
             grammar=self._grammar(),
             grammar_field="output_config.format",
             priority=self.priority,
+            speculate=self.speculation,
         )
 
     def dropped(self) -> list[str]:

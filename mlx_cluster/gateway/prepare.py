@@ -75,6 +75,7 @@ async def prepare(
         tenant=ask.caller.tenant,
         priority=priority,
         queue_seconds=ask.caller.queue_seconds,
+        speculate=ask.speculate,
     )
     sequences = tuple(replace(shared, choice=choice) for choice in range(ask.num_choices))
     return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences, shape=shape)

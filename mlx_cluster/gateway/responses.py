@@ -204,6 +204,7 @@ class ResponsesBody(Body):
         Field(max_length=MAX_METADATA),
     ] = Field(default={})
     priority: AskedPriority | None = None
+    speculation: bool | None = None
 
     @property
     def with_logprobs(self) -> bool:
@@ -243,6 +244,7 @@ class ResponsesBody(Body):
             grammar=self.text.format.grammar() if self.text.format is not None else None,
             grammar_field="text.format",
             priority=self.priority,
+            speculate=self.speculation,
         )
 
     def dropped(self) -> list[str]:

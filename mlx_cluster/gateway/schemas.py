@@ -133,6 +133,7 @@ class SamplingBody(Structured):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     ignore_eos: bool = False
     priority: AskedPriority | None = None
+    speculation: bool | None = None
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
         Field(max_length=MAX_LOGIT_BIAS),
@@ -173,6 +174,7 @@ class SamplingBody(Structured):
             "stop": tuple(self.stop),
             "ignore_eos": self.ignore_eos,
             "priority": self.priority,
+            "speculate": self.speculation,
             "stream": self.stream,
             "include_usage": continuous or (options is not None and bool(options.include_usage)),
             "continuous_usage": continuous,

@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from mlx_cluster import log
 from mlx_cluster.config.load import Loaded
 from mlx_cluster.config.quantity import parse_bytes
-from mlx_cluster.config.schema import PrefixCacheSection, Settings
+from mlx_cluster.config.schema import PrefixCacheSection, Settings, SpeculationSection
 from mlx_cluster.engine.engine import PipelineEngine
 from mlx_cluster.engine.prefix import Limits, RowCost
+from mlx_cluster.engine.speculation import Bounds
 from mlx_cluster.engine.waiting import Share
 from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
@@ -126,10 +127,18 @@ def engine_maker(settings: Settings, models: LocalModels) -> EngineMaker:
             max_context=local.facts.max_context,
             report_deadline_seconds=settings.runtime.hang_timeout,
             prefix=prefix_limits(settings.runtime.prefix_cache, row_costs),
+            drafts=draft_bounds(settings.speculation, row_costs),
             shares={key.tenant: Share(key.weight, key.max_waiting) for key in settings.api_gateway.keys},
         )
 
     return make
+
+
+def draft_bounds(section: SpeculationSection, row_costs: Sequence[RowCost]) -> Bounds | None:
+    """Bounds of speculation; None when it is switched off, or where a rejected draft could not be taken back."""
+    if section.mode == "off" or not row_costs or not all(cost.can_trim for cost in row_costs):
+        return None
+    return Bounds(section.mode, section.max_draft, section.min_match)
 
 
 def prefix_limits(section: PrefixCacheSection, row_costs: Sequence[RowCost]) -> Limits | None:
