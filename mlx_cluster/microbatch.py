@@ -14,7 +14,7 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from mlx_cluster.request import Grammar, Sampling
+from mlx_cluster.request import Grammar, Pool, Sampling
 
 
 class Kind(IntEnum):
@@ -31,7 +31,8 @@ class RowSpec:
     ``history`` (prompt and already emitted ids) and ``prompt_length`` are filled only where penalties need them; where
     only a grammar does, ``history`` has just the emitted ids, and ``prompt_length`` is 0. ``first_index`` is the token
     index of the first token this row will draw. ``stop_token_ids`` come with a grammar: they may be drawn exactly where
-    it may end.
+    it may end. ``prompt_logprobs`` and ``pool`` are the request's, and such a row is alone in its prefill microbatches;
+    the former comes with ``history`` and ``prompt_length``.
     """
 
     row: int
@@ -42,6 +43,8 @@ class RowSpec:
     history: tuple[int, ...] = ()
     grammar: Grammar | None = None
     stop_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,23 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """What the last stage says of a token of a row's own prompt, at this position."""
+
+    row: int
+    position: int
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PooledRow:
+    row: int
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FailedRow:
     row: int
     message: str
@@ -156,6 +176,8 @@ class Report:
     sampled: tuple[Sampled, ...] = ()
     failed: tuple[FailedRow, ...] = ()
     missing: tuple[int, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
+    pooled: tuple[PooledRow, ...] = ()
 
 
 # -- hidden states and what executes them ---------------------------------------------------------
@@ -189,6 +211,8 @@ class Outcome:
     sampled: tuple[Sampled, ...] = ()
     failed: tuple[FailedRow, ...] = ()
     missing: tuple[int, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
+    pooled: tuple[PooledRow, ...] = ()
 
 
 class Pending(Protocol):

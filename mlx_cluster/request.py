@@ -3,7 +3,8 @@
 Owns: ``SequenceRequest`` (one generation of a request), its events, and the ``Engine`` protocol that the pipeline
 engine, the remote engine and the tests' scripted engine implement.
 Does not own: text. Inside the cluster there are only token ids.
-Invariant: a stream is ``Admitted``, then ``Token`` with index 0, 1, 2 …, then ``Finished``; or it raises a typed error.
+Invariant: a stream is ``Admitted``, then ``Scored`` where asked for, then ``Token`` with index 0, 1, 2 …, then
+``Finished``; or it raises a typed error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Pool = Literal["last", "mean"]
 GrammarKind = Literal["json_schema", "regex", "lark", "choice", "llguidance"]
 
 
@@ -66,6 +68,9 @@ class SequenceRequest:
     Higher ``priority`` is admitted earlier. A sequence that waits for a row longer than ``queue_seconds`` is given up.
     ``speculate`` overrides the engine's own judgement of drafts. ``key`` names a generation that a client may attach to
     again; such a one is held for a while when its stream breaks.
+    ``prompt_logprobs`` asks for the log probabilities of the prompt's own tokens, with so many alternatives (0…20).
+    With ``pool`` nothing is generated: ``Finished.pooled`` is the state behind the final norm, at the prompt's last
+    position or averaged over all, scaled to length 1. Either computes the whole prompt, whatever is cached.
     """
 
     request_id: str
@@ -82,6 +87,13 @@ class SequenceRequest:
     queue_seconds: float | None = None
     speculate: bool | None = None
     key: str = ""
+    prompt_logprobs: int | None = None
+    pool: Pool | None = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something is read off every position of the prompt, so that none may come from a cache."""
+        return self.prompt_logprobs is not None or self.pool is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +114,25 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """Tokens of the prompt with their log probabilities; ``index`` is the place in the prompt, which begins with 1.
+
+    Only when asked for: in order, each once, before the first ``Token``. The first token of a prompt has none.
+    """
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    pooled: tuple[float, ...] = ()
 
 
-Event = Admitted | Token | Finished
+Event = Admitted | Scored | Token | Finished
 
 
 class Engine(Protocol):

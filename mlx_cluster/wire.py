@@ -8,8 +8,20 @@ from __future__ import annotations
 
 from mlx_cluster import errors
 from mlx_cluster._pb import engine_pb2, stage_pb2
-from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store, Trim
-from mlx_cluster.request import Admitted, Event, Finished, Grammar, Sampling, SequenceRequest, Token
+from mlx_cluster.microbatch import (
+    FailedRow,
+    Kind,
+    Load,
+    Microbatch,
+    PooledRow,
+    Report,
+    RowSpec,
+    Sampled,
+    ScoredToken,
+    Store,
+    Trim,
+)
+from mlx_cluster.request import Admitted, Event, Finished, Grammar, Sampling, Scored, SequenceRequest, Token
 
 # gRPC's default limit of 4 MiB is below one 512-token chunk of a 7B model (3.67 MB), so every channel and server
 # of the project raises it; keepalive finds a peer that vanished without closing its socket.
@@ -87,6 +99,8 @@ def encode_microbatch(value: Microbatch) -> stage_pb2.Microbatch:
                 history=spec.history,
                 grammar=encode_grammar(spec.grammar),
                 stop_token_ids=spec.stop_token_ids,
+                prompt_logprobs=spec.prompt_logprobs,
+                pool=spec.pool,
             )
             for spec in value.admit
         ],
@@ -117,6 +131,8 @@ def decode_microbatch(message: stage_pb2.Microbatch) -> Microbatch:
                 history=tuple(spec.history),
                 grammar=decode_grammar(spec.grammar) if spec.HasField("grammar") else None,
                 stop_token_ids=tuple(spec.stop_token_ids),
+                prompt_logprobs=spec.prompt_logprobs if spec.HasField("prompt_logprobs") else None,
+                pool=spec.pool or None,  # type: ignore[arg-type]  # the sender's RowSpec is typed
             )
             for spec in message.admit
         ),
@@ -150,6 +166,13 @@ def encode_report(value: Report) -> stage_pb2.Report:
         ],
         failed=[stage_pb2.FailedRow(row=f.row, message=f.message) for f in value.failed],
         missing=value.missing,
+        scored=[
+            stage_pb2.ScoredToken(
+                row=s.row, position=s.position, token_id=s.token_id, logprob=s.logprob, top=_encode_top(s.top)
+            )
+            for s in value.scored
+        ],
+        pooled=[stage_pb2.PooledRow(row=p.row, values=p.values) for p in value.pooled],
     )
 
 
@@ -171,6 +194,11 @@ def decode_report(message: stage_pb2.Report) -> Report:
         ),
         failed=tuple(FailedRow(f.row, f.message) for f in message.failed),
         missing=tuple(message.missing),
+        scored=tuple(
+            ScoredToken(s.row, s.position, s.token_id, s.logprob, tuple((t.token_id, t.logprob) for t in s.top))
+            for s in message.scored
+        ),
+        pooled=tuple(PooledRow(p.row, tuple(p.values)) for p in message.pooled),
     )
 
 
@@ -193,6 +221,8 @@ def encode_sequence_request(value: SequenceRequest) -> engine_pb2.SequenceReques
         queue_seconds=value.queue_seconds,
         speculate=value.speculate,
         key=value.key,
+        prompt_logprobs=value.prompt_logprobs,
+        pool=value.pool,
     )
 
 
@@ -212,6 +242,8 @@ def decode_sequence_request(message: engine_pb2.SequenceRequest) -> SequenceRequ
         queue_seconds=message.queue_seconds if message.HasField("queue_seconds") else None,
         speculate=message.speculate if message.HasField("speculate") else None,
         key=message.key,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        pool=message.pool or None,  # type: ignore[arg-type]  # the sender's request is typed
     )
 
 
@@ -220,10 +252,9 @@ def encode_event(value: Event) -> engine_pb2.SequenceEvent:
         case Admitted(cached_tokens):
             return engine_pb2.SequenceEvent(admitted=engine_pb2.Admitted(cached_tokens=cached_tokens))
         case Token():
-            top = [stage_pb2.TopLogprob(token_id=i, logprob=p) for i, p in value.top]
-            return engine_pb2.SequenceEvent(
-                token=engine_pb2.TokenEvent(index=value.index, token_id=value.token_id, logprob=value.logprob, top=top)
-            )
+            return engine_pb2.SequenceEvent(token=_encode_token(value))
+        case Scored(tokens):
+            return engine_pb2.SequenceEvent(scored=engine_pb2.Scored(tokens=map(_encode_token, tokens)))
         case Finished():
             return engine_pb2.SequenceEvent(
                 finished=engine_pb2.Finished(
@@ -231,8 +262,27 @@ def encode_event(value: Event) -> engine_pb2.SequenceEvent:
                     prompt_tokens=value.prompt_tokens,
                     completion_tokens=value.completion_tokens,
                     cached_tokens=value.cached_tokens,
+                    pooled=value.pooled,
                 )
             )
+
+
+def _encode_token(value: Token) -> engine_pb2.TokenEvent:
+    top = _encode_top(value.top)
+    return engine_pb2.TokenEvent(index=value.index, token_id=value.token_id, logprob=value.logprob, top=top)
+
+
+def _decode_token(message: engine_pb2.TokenEvent) -> Token:
+    return Token(
+        index=message.index,
+        token_id=message.token_id,
+        logprob=message.logprob if message.HasField("logprob") else None,
+        top=tuple((t.token_id, t.logprob) for t in message.top),
+    )
+
+
+def _encode_top(top: tuple[tuple[int, float], ...]) -> list[stage_pb2.TopLogprob]:
+    return [stage_pb2.TopLogprob(token_id=i, logprob=p) for i, p in top]
 
 
 def decode_event(message: engine_pb2.SequenceEvent) -> Event:
@@ -241,13 +291,9 @@ def decode_event(message: engine_pb2.SequenceEvent) -> Event:
         case "admitted":
             return Admitted(message.admitted.cached_tokens)
         case "token":
-            token = message.token
-            return Token(
-                index=token.index,
-                token_id=token.token_id,
-                logprob=token.logprob if token.HasField("logprob") else None,
-                top=tuple((t.token_id, t.logprob) for t in token.top),
-            )
+            return _decode_token(message.token)
+        case "scored":
+            return Scored(tuple(map(_decode_token, message.scored.tokens)))
         case "finished":
             done = message.finished
             return Finished(
@@ -255,6 +301,7 @@ def decode_event(message: engine_pb2.SequenceEvent) -> Event:
                 prompt_tokens=done.prompt_tokens,
                 completion_tokens=done.completion_tokens,
                 cached_tokens=done.cached_tokens,
+                pooled=tuple(done.pooled),
             )
         case "failure":
             raise decode_failure(message.failure)

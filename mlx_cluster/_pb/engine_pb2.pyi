@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "max_tokens", "sampling", "choice", "stop_token_ids", "emitted", "priority", "grammar", "tenant", "queue_seconds", "speculate", "key")
+    __slots__ = ("request_id", "model", "prompt", "max_tokens", "sampling", "choice", "stop_token_ids", "emitted", "priority", "grammar", "tenant", "queue_seconds", "speculate", "key", "prompt_logprobs", "pool")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,8 @@ class SequenceRequest(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SPECULATE_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -37,19 +39,23 @@ class SequenceRequest(_message.Message):
     queue_seconds: float
     speculate: bool
     key: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_stage_pb2.Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., emitted: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[_stage_pb2.Grammar, _Mapping]] = ..., tenant: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., speculate: _Optional[bool] = ..., key: _Optional[str] = ...) -> None: ...
+    prompt_logprobs: int
+    pool: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_stage_pb2.Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., emitted: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[_stage_pb2.Grammar, _Mapping]] = ..., tenant: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., speculate: _Optional[bool] = ..., key: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., pool: _Optional[str] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
-    __slots__ = ("admitted", "token", "finished", "failure")
+    __slots__ = ("admitted", "token", "finished", "failure", "scored")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     token: TokenEvent
     finished: Finished
     failure: EngineFailure
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[EngineFailure, _Mapping]] = ...) -> None: ...
+    scored: Scored
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[EngineFailure, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ...) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ("cached_tokens",)
@@ -69,17 +75,25 @@ class TokenEvent(_message.Message):
     top: _containers.RepeatedCompositeFieldContainer[_stage_pb2.TopLogprob]
     def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[_stage_pb2.TopLogprob, _Mapping]]] = ...) -> None: ...
 
+class Scored(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[TokenEvent]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ...) -> None: ...
+
 class Finished(_message.Message):
-    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "cached_tokens")
+    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "cached_tokens", "pooled")
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     reason: str
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    def __init__(self, reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    pooled: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pooled: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EngineFailure(_message.Message):
     __slots__ = ("code", "message", "retry_after_seconds", "param")

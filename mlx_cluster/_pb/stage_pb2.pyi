@@ -93,7 +93,7 @@ class Load(_message.Message):
     def __init__(self, row: _Optional[int] = ..., entry: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class RowSpec(_message.Message):
-    __slots__ = ("row", "sampling", "choice", "first_index", "prompt_length", "history", "grammar", "stop_token_ids")
+    __slots__ = ("row", "sampling", "choice", "first_index", "prompt_length", "history", "grammar", "stop_token_ids", "prompt_logprobs", "pool")
     ROW_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,8 @@ class RowSpec(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
     row: int
     sampling: Sampling
     choice: int
@@ -110,7 +112,9 @@ class RowSpec(_message.Message):
     history: _containers.RepeatedScalarFieldContainer[int]
     grammar: Grammar
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, row: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., first_index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    prompt_logprobs: int
+    pool: str
+    def __init__(self, row: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., first_index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history: _Optional[_Iterable[int]] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ..., pool: _Optional[str] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("kind", "source")
@@ -180,8 +184,30 @@ class FailedRow(_message.Message):
     message: str
     def __init__(self, row: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
+class ScoredToken(_message.Message):
+    __slots__ = ("row", "position", "token_id", "logprob", "top")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    position: int
+    token_id: int
+    logprob: float
+    top: _containers.RepeatedCompositeFieldContainer[TopLogprob]
+    def __init__(self, row: _Optional[int] = ..., position: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
+
+class PooledRow(_message.Message):
+    __slots__ = ("row", "values")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, row: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class Report(_message.Message):
-    __slots__ = ("microbatch_id", "stage", "compute_seconds", "wait_seconds", "sent_bytes", "sampled", "failed", "missing")
+    __slots__ = ("microbatch_id", "stage", "compute_seconds", "wait_seconds", "sent_bytes", "sampled", "failed", "missing", "scored", "pooled")
     MICROBATCH_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +216,8 @@ class Report(_message.Message):
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     microbatch_id: int
     stage: int
     compute_seconds: float
@@ -198,4 +226,6 @@ class Report(_message.Message):
     sampled: _containers.RepeatedCompositeFieldContainer[Sampled]
     failed: _containers.RepeatedCompositeFieldContainer[FailedRow]
     missing: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, microbatch_id: _Optional[int] = ..., stage: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., sampled: _Optional[_Iterable[_Union[Sampled, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[FailedRow, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ...) -> None: ...
+    scored: _containers.RepeatedCompositeFieldContainer[ScoredToken]
+    pooled: _containers.RepeatedCompositeFieldContainer[PooledRow]
+    def __init__(self, microbatch_id: _Optional[int] = ..., stage: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., sampled: _Optional[_Iterable[_Union[Sampled, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[FailedRow, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ..., scored: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., pooled: _Optional[_Iterable[_Union[PooledRow, _Mapping]]] = ...) -> None: ...

@@ -22,14 +22,14 @@ from mlx_cluster.engine.prefix import Limits, PrefixIndex
 from mlx_cluster.engine.rehearsal import rehearse
 from mlx_cluster.engine.rehearsal import request as canary_request
 from mlx_cluster.engine.scheduler import Scheduler
-from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Started
+from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Read, Started
 from mlx_cluster.engine.speculation import BlockCosts, Bounds, Speculation
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
 from mlx_cluster.engine.waiting import Share
 from mlx_cluster.errors import ClusterError, ContextLengthExceeded, StageLost, StageStartError, Unavailable
 from mlx_cluster.microbatch import Kind, Microbatch, Report
 from mlx_cluster.plan import Epoch, Plan
-from mlx_cluster.request import Admitted, Event, Finished, SequenceRequest
+from mlx_cluster.request import Admitted, Event, Finished, Scored, SequenceRequest
 from mlx_cluster.wire import encode_microbatch
 
 _log = log.get("engine")
@@ -310,10 +310,12 @@ class PipelineEngine:
                     client.events.put_nowait(token)
                 case Started(_, cached):
                     client.events.put_nowait(Admitted(min(cached, len(client.request.prompt))))
-                case Ended(_, reason, completion, cached):
+                case Read(_, tokens):
+                    client.events.put_nowait(Scored(tokens))
+                case Ended(_, reason, completion, cached, pooled):
                     # A resumed sequence may also have found what an earlier attempt emitted.
                     num_prompt = len(client.request.prompt)
-                    client.events.put_nowait(Finished(reason, num_prompt, completion, min(cached, num_prompt)))
+                    client.events.put_nowait(Finished(reason, num_prompt, completion, min(cached, num_prompt), pooled))
                     del self._clients[effect.sequence]
                 case Failed(_, error):
                     client.events.put_nowait(error)

@@ -22,6 +22,8 @@ MIN_DENSITY = 0.75
 # shorter than this: a chunk reads all weights, however short it is.
 CHUNKS_PER_STAGE = 2
 MIN_CHUNK = 32
+# Where something is read off every position the last stage holds all their logits: 80 MB for a vocabulary of 152k.
+READ_CHUNK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Prefill:
         sequence = self._queue[0]
         loads = self._book.reuse(sequence, now)
         start = sequence.prefilled
-        limit = self._limit()
+        limit = min(self._limit(), READ_CHUNK) if sequence.request.reads_prompt else self._limit()
         end = min(start + limit, len(sequence.tokens))
         if start == 0 and end == len(sequence.tokens):
             return self._whole_prompts(limit, now)
@@ -113,6 +115,8 @@ class Prefill:
         longest = total = len(taken[0].tokens)
         while self._queue and len(taken) < self._policy.max_prompts:
             sequence = self._queue[0]
+            if sequence.request.reads_prompt or taken[0].request.reads_prompt:
+                break
             length = len(sequence.tokens)
             longest, total = max(longest, length), total + length
             padded = longest * (len(taken) + 1)

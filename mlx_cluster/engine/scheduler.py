@@ -25,6 +25,7 @@ from mlx_cluster.engine.sequence import (
     Group,
     InFlight,
     Policy,
+    Read,
     SequenceState,
     Started,
     row_spec,
@@ -69,6 +70,7 @@ class Scheduler:
         Resumed work (``emitted``) goes before new work and past the bound: it was admitted once already.
         """
         sequence = SequenceState(self._next_sequence, request, request.prompt + request.emitted)
+        sequence.may_reuse = not request.reads_prompt
         evicted = self._waiting.push(sequence, now, room=max(0, self._free_rows()))
         self._next_sequence += 1
         self._live[sequence.id] = sequence
@@ -114,6 +116,7 @@ class Scheduler:
         if done is None:
             return self._take_effects()
         self.fail_rows(report.failed)
+        self._tell_of_prompts(done, report)
         sampled: dict[int, list[Sampled]] = {}
         for one in report.sampled:
             sampled.setdefault(one.row, []).append(one)
@@ -130,6 +133,25 @@ class Scheduler:
         if done.group is not None:
             self._groups.returned(done.group)
         return self._take_effects()
+
+    def _tell_of_prompts(self, done: InFlight, report: Report) -> None:
+        """What was read off the positions of a prompt; a prompt that was computed again tells nothing twice."""
+        pooled = {pooled.row: pooled.values for pooled in report.pooled}
+        for sequence in done.sequences if report.scored or pooled else ():
+            if sequence.id not in self._live:
+                continue
+            fresh = tuple(
+                Token(s.position, s.token_id, s.logprob, s.top)
+                for s in report.scored
+                if s.row == sequence.row and s.position >= sequence.num_read
+            )
+            if fresh:
+                sequence.num_read = fresh[-1].index + 1
+                self._effects.append(Read(sequence.id, fresh))
+            if sequence.row in pooled:
+                values = pooled[sequence.row]
+                self._end(sequence)
+                self._effects.append(Ended(sequence.id, "stop", 0, sequence.cached, values))
 
     def fail_rows(self, failed: Sequence[FailedRow]) -> None:
         """Rows that some stage could not execute: their sequences end with ``RowFailed``, others go on."""

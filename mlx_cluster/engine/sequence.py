@@ -56,6 +56,15 @@ class Ended:
     reason: FinishReason
     completion_tokens: int
     cached_tokens: int = 0
+    pooled: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Log probabilities of the prompt's own tokens."""
+
+    sequence: int
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,7 @@ class Failed:
     error: ClusterError
 
 
-Effect = Started | Drew | Ended | Failed
+Effect = Started | Read | Drew | Ended | Failed
 
 
 # -- state ---------------------------------------------------------------------------------------
@@ -81,6 +90,7 @@ class SequenceState:
     entry: int | None = None  # the prefix entry that it started from
     cached: int = 0  # how many tokens that saved
     may_reuse: bool = True
+    num_read: int = 1  # positions of the prompt whose log probability was told, the first of which has none
     kept: list[int] = field(default_factory=list)  # entries made of its row
     group: Group | None = None
 
@@ -111,14 +121,17 @@ class InFlight:
 def row_spec(sequence: SequenceState) -> RowSpec:
     """What the stages must know of a row, sent with its first chunk."""
     request = sequence.request
-    history = sequence.tokens if request.sampling.needs_history else request.emitted if request.grammar else ()
+    needs_prompt = request.sampling.needs_history or request.prompt_logprobs is not None
+    history = sequence.tokens if needs_prompt else request.emitted if request.grammar else ()
     return RowSpec(
         row=sequence.row,
         sampling=request.sampling,
         choice=request.choice,
         first_index=len(request.emitted),
-        prompt_length=len(request.prompt) if request.sampling.needs_history else 0,
+        prompt_length=len(request.prompt) if needs_prompt else 0,
         history=history,
         grammar=request.grammar,
         stop_token_ids=tuple(sorted(request.stop_token_ids)) if request.grammar else (),
+        prompt_logprobs=request.prompt_logprobs,
+        pool=request.pool,
     )

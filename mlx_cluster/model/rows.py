@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mlx_cluster import log
 from mlx_cluster.errors import RowFailed
@@ -47,6 +48,7 @@ class Row:
     emitted: Counter[int] = field(default_factory=Counter)
     problem: str | None = None
     missing: bool = False
+    total: Any = None  # the sum of its states so far, where they are averaged
     grammar: RowGrammar | None = None
 
     @property

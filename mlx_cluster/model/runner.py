@@ -21,11 +21,11 @@ from mlx_cluster import log
 from mlx_cluster.errors import LinkMismatch, RowFailed
 from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec
 from mlx_cluster.model import cache as row_cache
-from mlx_cluster.model import prompts, sampling, state
+from mlx_cluster.model import prompts, reading, sampling, state
 from mlx_cluster.model.grammar import Grammars
 from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, load_slice
 from mlx_cluster.model.pending import Finished, Incomplete, PendingBlocks, PendingFill, PendingFrame, PendingTokens
-from mlx_cluster.model.rows import COMPUTE_ERRORS, Rows
+from mlx_cluster.model.rows import COMPUTE_ERRORS, Row, Rows
 from mlx_cluster.model.slice import Head
 from mlx_cluster.request import Sampling
 
@@ -194,6 +194,10 @@ class SliceRunner:
             return Finished(self._nothing(header, failed))
         parts = self._prefill_parts(header, good) if header.kind is Kind.PREFILL else self._decode_parts(header, good)
         head: Head = "none" if not header.sample else "all" if header.kind is Kind.VERIFY else "last"
+        read = self._read(header, good)
+        hidden = False
+        if read is not None:
+            head, hidden = reading.head_for(read.spec, head)
         outputs: list[list[mx.array]] = []
         cached: list[Any] = []
         order: list[int] = []  # rows of the outputs, as indices into the header's
@@ -203,7 +207,7 @@ class SliceRunner:
             lengths = part.lengths and [len(tokens[index]) for index in at]
             states = received if len(at) == len(header.rows) else [array[mx.array(at)] for array in received]
             states = self.slice.fit_received(states, mine.shape[1])
-            output = self.slice(mine, states, part.caches, head=head, lengths=lengths)
+            output = self.slice(mine, states, part.caches, head=head, lengths=lengths, hidden=hidden)
             outputs.append(output if self.slice.last else self.slice.fit_output(output, header.batch_shape[1]))
             cached += self._settle([header.rows[index] for index in at], part)
             order += at
@@ -215,8 +219,11 @@ class SliceRunner:
             blocks = {header.rows[index]: tokens[index] for index in order}
             return self._verify(lines, blocks, cached, failures)
         output = [_concatenate(leaf) for leaf in zip(*outputs, strict=True)]
+        if read is not None and hidden:
+            return self._pool(header, read, output, cached, failures)
         if self.slice.last:
-            return self._answer(header, output, order, cached, failures)
+            pending = self._answer(header, output, order, cached, failures)
+            return pending if read is None else self._score(read, output[0][0], pending)
         frame = state.pack(header.id, [_spread(array, order, len(header.rows)) for array in output])
         async_eval(frame.payload, cached)
         return PendingFrame(frame, header.rows, failures)
@@ -256,6 +263,41 @@ class SliceRunner:
         async_eval(drawn.arrays(), cached)
         wanted = [self._rows[row].spec.sampling.top_logprobs for row in rows]
         return PendingTokens(drawn, rows, wanted, failures)
+
+    def _read(self, header: Microbatch, good: list[int]) -> Row | None:
+        """The row of this microbatch whose own positions are read, on the last slice; such a row comes alone."""
+        if not self.slice.last or header.kind is not Kind.PREFILL or len(good) != 1:
+            return None
+        row = self._rows[header.rows[good[0]]]
+        return row if row.spec.prompt_logprobs is not None or row.spec.pool is not None else None
+
+    def _score(self, row: Row, logits: mx.array, pending: Pending) -> Pending:
+        """The log probabilities of the prompt's tokens behind this chunk's positions, beside what else it gives."""
+        start = row.positions - logits.shape[0]
+        tokens = reading.targets(row.spec, start, logits.shape[0])
+        if not tokens:
+            return pending
+        scores = reading.score(logits, tokens)
+        async_eval(scores.arrays())
+        return reading.PendingScores(pending, row.spec.row, start + 1, tokens, scores, row.spec.prompt_logprobs or 0)
+
+    def _pool(
+        self,
+        header: Microbatch,
+        row: Row,
+        output: list[mx.array],
+        cached: Sequence[Any],
+        failures: tuple[FailedRow, ...],
+    ) -> Pending:
+        if row.spec.pool == "mean":
+            total = output[0][0].astype(mx.float32).sum(axis=0)
+            row.total = total if row.total is None else row.total + total
+            async_eval(row.total, cached)
+        if not header.sample:
+            return self._answer(header, output, [], cached, failures)
+        vector = reading.unit_vector(row.total if row.spec.pool == "mean" else output[0][0, -1].astype(mx.float32))
+        async_eval(vector, cached)
+        return reading.PendingPool(vector, row.spec.row, failures)
 
     def _verify(
         self,

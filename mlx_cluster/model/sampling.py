@@ -72,7 +72,7 @@ def sample(logits: mx.array, draws: Sequence[Draw], masks: Mapping[int, NDArray[
         tokens = drawn if every_row else mx.put_along_axis(tokens, mx.array(warm), drawn, axis=0)
     if all(draw.sampling.top_logprobs is None for draw in draws):
         return Drawn(tokens)
-    return _with_logprobs(raw, tokens)
+    return with_logprobs(raw, tokens)
 
 
 def draw_key(seed: int, choice: int, token_index: int) -> tuple[int, int]:
@@ -194,7 +194,8 @@ def _rank_threshold(logits: mx.array, parameters: Sequence[Sampling], limits: li
     return mx.where(filters, lowest, -mx.inf)
 
 
-def _with_logprobs(raw: mx.array, tokens: mx.array) -> Drawn:
+def with_logprobs(raw: mx.array, tokens: mx.array) -> Drawn:
+    """``tokens`` with their log probabilities in ``raw`` logits (lines, vocabulary), and the best alternatives."""
     logprobs = raw - mx.logsumexp(raw, axis=-1, keepdims=True)
     # Always as many as anybody may ask for, so that ties come out alike whatever the neighbours want.
     count = min(MAX_TOP_LOGPROBS, raw.shape[-1])

@@ -80,17 +80,22 @@ class ModelSlice:
         *,
         head: Head = "last",
         lengths: Sequence[int] = (),
+        hidden: bool = False,
     ) -> list[mx.array]:
         """Build (not evaluate) one forward pass of ``tokens`` (rows, positions).
 
         Returns what the next slice must receive; on the last slice [logits] of shape (rows, positions, vocabulary),
         or nothing with ``head="none"``. The caches grow by the number of positions. ``lengths`` says how many positions
-        of each row are its own where the others are padding: its last position is then the last of these.
+        of each row are its own where the others are padding: its last position is then the last of these. ``hidden``:
+        the last slice gives the state behind the final norm instead of logits; raises ``ValueError`` where the family's
+        code has no such place.
         """
         batch, length = tokens.shape
         self._incoming, self._head, self._ends = list(received), head, tuple(lengths)
         try:
-            logits = self.model(tokens, cache=[caches[index] for index in self._slot_to_mine])
+            logits = (self._body if hidden and self.last else self.model)(
+                tokens, cache=[caches[index] for index in self._slot_to_mine]
+            )
         except _SliceEnd as end:
             output = end.output
         else:
@@ -104,6 +109,15 @@ class ModelSlice:
         if head == "none":
             return []
         return [_last_position(logits, lengths) if head == "last" and not self._head_takes_one_position else logits]
+
+    @property
+    def _body(self) -> Any:
+        """The model up to its final norm: what all families of causal models call ``model``."""
+        body = getattr(self.model, "model", None)
+        if not isinstance(body, nn.Module):
+            kind = getattr(self.model, "model_type", "this")
+            raise ValueError(f"{kind} models have no state that could be an embedding")
+        return body
 
     def make_caches(self) -> Caches:
         """Empty caches of one row: the slice's own slots, then its stand-ins."""

@@ -156,6 +156,8 @@ class Worker:
             sampled=outcome.sampled,
             failed=outcome.failed,
             missing=outcome.missing,
+            scored=outcome.scored,
+            pooled=outcome.pooled,
         )
         self._loop.call_soon(self._report, report)
         self._depth.release()

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_cluster import errors, wire
 from mlx_cluster._pb import engine_pb2, stage_pb2
-from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Store, Trim
-from mlx_cluster.request import Admitted, Finished, Grammar, Sampling, SequenceRequest, Token
+from mlx_cluster.microbatch import (
+    FailedRow,
+    Kind,
+    Load,
+    Microbatch,
+    PooledRow,
+    Report,
+    RowSpec,
+    Sampled,
+    ScoredToken,
+    Store,
+    Trim,
+)
+from mlx_cluster.request import Admitted, Finished, Grammar, Sampling, Scored, SequenceRequest, Token
 
 small = st.integers(0, 2**31)
 real = st.floats(allow_nan=False, allow_infinity=False)
@@ -152,3 +166,18 @@ def test_typed_errors_keep_their_class_and_facts(error: errors.ClusterError) -> 
 def test_an_unknown_code_is_still_an_error_of_the_tree() -> None:
     error = wire.error_from_code("from_the_future", "what")
     assert type(error) is errors.ClusterError
+
+
+@given(st.lists(st.tuples(small, small, real, pairs), max_size=4), st.sampled_from([None, "last", "mean"]))
+def test_what_is_read_off_a_prompt_crosses(scores: list[tuple[int, int, float, Any]], pool: Any) -> None:
+    scored = tuple(ScoredToken(5, position, token, logprob, top) for position, token, logprob, top in scores)
+    report = Report(1, 2, scored=scored, pooled=(PooledRow(3, (0.5, -0.25)),))
+    assert wire.decode_report(wire.encode_report(report)) == report
+    event = Scored(tuple(Token(position, token, logprob, top) for position, token, logprob, top in scores))
+    assert wire.decode_event(wire.encode_event(event)) == event
+    finished = Finished("stop", 3, 0, pooled=(0.5, -0.25))
+    assert wire.decode_event(wire.encode_event(finished)) == finished
+    request = SequenceRequest("r", "m", (1,), 1, Sampling(), prompt_logprobs=0, pool=pool)
+    assert wire.decode_sequence_request(wire.encode_sequence_request(request)) == request
+    header = Microbatch(1, Kind.PREFILL, admit=(RowSpec(1, Sampling(), 0, prompt_logprobs=0, pool=pool),))
+    assert wire.decode_microbatch(wire.encode_microbatch(header)) == header
