@@ -12,6 +12,7 @@ from mlx_cluster.microbatch import Kind, Microbatch, Report, Sampled
 from mlx_cluster.request import SequenceRequest
 
 StageTime = Callable[[Microbatch], float]
+Chunks = tuple[tuple[int, int], ...]
 
 
 def scripted_token(row: int, index: int) -> int:
@@ -31,6 +32,7 @@ class SimulatedPipeline:
     effects: list[tuple[float, Effect]] = field(default_factory=list)
     known_rows: set[int] = field(default_factory=set)
     on_stage_report: Callable[[int, Microbatch, float], None] | None = None
+    measure: Callable[[int, Microbatch, Chunks, float], None] | None = None  # told when a microbatch is done
     check: bool = True
     script: Callable[[int, int], int] = scripted_token  # (row, index) → the token that it draws
     lose_load: Callable[[int], bool] = lambda _entry: False  # whether a stage turns out not to have an entry
@@ -45,6 +47,7 @@ class SimulatedPipeline:
         self._done: list[tuple[float, int, Microbatch]] = []
         self._drawn: dict[int, int] = {}
         self._missing: set[int] = set()
+        self._chunks: dict[int, Chunks] = {}
 
     def submit(self, request: SequenceRequest) -> int:
         sequence = self.scheduler.submit(request)
@@ -67,6 +70,10 @@ class SimulatedPipeline:
         if not self._done:
             return False
         self.now, _, microbatch = heapq.heappop(self._done)
+        chunks = self._chunks.pop(microbatch.id)
+        if self.measure is not None and microbatch.kind is not Kind.CONTROL:
+            for stage, stage_time in enumerate(self.stage_times):
+                self.measure(stage, microbatch, chunks, stage_time(microbatch))
         sampled = []
         if microbatch.sample:
             for row, tokens in zip(microbatch.rows, microbatch.row_tokens(), strict=True):
@@ -98,6 +105,7 @@ class SimulatedPipeline:
 
     def _send(self, microbatch: Microbatch) -> None:
         self.sent.append((self.now, microbatch))
+        self._chunks[microbatch.id] = self.scheduler.chunks(microbatch.id)
         if self.check:
             self._check_rows(microbatch)
         at = self.now

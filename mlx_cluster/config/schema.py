@@ -166,7 +166,9 @@ class RuntimeSection(Section):
 class SchedulerSection(Section):
     max_rows: Annotated[int, Field(ge=1, le=1024)] = 64  # sequences decoding at once in a pipeline
     max_queue: Annotated[int, Field(ge=0)] = 256
-    prefill_chunk: Annotated[int, Field(ge=1, le=8192)] = 256  # tokens
+    prefill_chunk: Annotated[int, Field(ge=1, le=8192)] = 256  # tokens of a chunk at most
+    # What the time between two tokens of a stream may come to while another request's prompt is computed beside it.
+    itl_budget_ms: Annotated[float, Field(gt=0)] = 200.0
     max_prompts: Annotated[int, Field(ge=1, le=256)] = 16  # short prompts that may share a chunk
     max_groups: Annotated[int, Field(ge=1, le=64)] | None = None  # default: two per stage
     ageing_seconds: Annotated[float, Field(gt=0)] = 15.0  # a priority that is not served counts one higher each time

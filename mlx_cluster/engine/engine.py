@@ -17,6 +17,7 @@ from typing import Any
 from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
+from mlx_cluster.engine.chunking import ChunkTimes
 from mlx_cluster.engine.fill import Fill
 from mlx_cluster.engine.prefix import Limits, PrefixIndex
 from mlx_cluster.engine.rehearsal import rehearse
@@ -53,6 +54,7 @@ class _Trip:
 
     microbatch: Microbatch
     left_at: float
+    chunks: tuple[tuple[int, int], ...]
     reported: int = 0
     held: Report | None = None  # the last stage's, where all stages must have reported first
     alone: bool = False  # nothing else was in the pipeline while it travelled
@@ -96,6 +98,7 @@ class PipelineEngine:
         self._max_rows = settings.max_rows
         self._fill = Fill(plan.num_stages, settings.max_groups)
         self._block_costs = BlockCosts(plan.num_stages, lambda: self._fill.hop_seconds)
+        self._chunk_times = ChunkTimes(plan.num_stages)
         self._scheduler = Scheduler(
             Policy(
                 num_stages=plan.num_stages,
@@ -106,6 +109,9 @@ class PipelineEngine:
                 max_prompts=settings.max_prompts,
                 shares=shares or {},
                 ageing_seconds=settings.ageing_seconds,
+                step_seconds=self._fill.step_seconds,
+                chunk_times=self._chunk_times,
+                itl_budget_seconds=settings.itl_budget_ms / 1000,
             ),
             PrefixIndex(prefix) if prefix is not None else None,
             Speculation(drafts, self._block_costs) if drafts is not None else None,
@@ -253,7 +259,8 @@ class PipelineEngine:
         while self._error is None and (microbatch := self._scheduler.next(now)) is not None:
             header = stage_pb2.EngineMessage(microbatch=encode_microbatch(microbatch)).SerializeToString()
             self._travels_with_others()
-            self._trips[microbatch.id] = _Trip(microbatch, now, alone=not self._trips)
+            chunks = self._scheduler.chunks(microbatch.id)
+            self._trips[microbatch.id] = _Trip(microbatch, now, chunks, alone=not self._trips)
             for stream in self._streams:
                 stream.put(header)
         self._apply(self._scheduler.take_effects())
@@ -291,6 +298,8 @@ class PipelineEngine:
         self._busy_seconds[report.stage] += report.compute_seconds
         if trip.microbatch.kind in (Kind.DECODE, Kind.VERIFY) and len(trip.microbatch.rows) == 1:
             self._block_costs.observe(report.stage, len(trip.microbatch.tokens), report.compute_seconds)
+        if trip.microbatch.kind is Kind.PREFILL:
+            self._chunk_times.observe(report.stage, trip.chunks, report.compute_seconds)
         if trip.microbatch.kind is not Kind.DECODE:
             return
         self._steps[report.stage].add(report.compute_seconds)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from mlx_cluster.engine.sequence import Group, SequenceState
+from mlx_cluster.engine.chunking import Pace
+from mlx_cluster.engine.sequence import Group, Policy, SequenceState
 
 
 class Groups:
-    """``num_groups`` answers how many groups to run for a number of decoding rows (see ``engine.fill``)."""
-
-    def __init__(self, num_groups: Callable[[int], int]) -> None:
-        self._num_groups = num_groups
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
         self._loose: deque[SequenceState] = deque()
         self._groups: list[Group] = []
         self._ready: deque[Group] = deque()
@@ -38,6 +37,17 @@ class Groups:
     def steps_per_cycle(self) -> int:
         """Steps that go out until every row, also a loose one, had its turn."""
         return len(self._groups) + bool(self._loose)
+
+    def pace(self) -> Pace | None:
+        """What a decode cycle takes; None while steps were not measured."""
+        sizes = [len(group.members) for group in self._groups]
+        if self._loose:
+            sizes.append(len(self._loose))
+        times = [self._policy.step_seconds(size) for size in sizes]
+        known = [seconds for seconds in times if seconds is not None]
+        if not known or len(known) < len(times):
+            return None
+        return Pace(sum(known), max(known), self._policy.itl_budget_seconds)
 
     def rows(self) -> Iterator[SequenceState]:
         yield from self._loose
@@ -72,7 +82,7 @@ class Groups:
 
     def next_step(self) -> Group | None:
         """The group whose step goes out now, its rows settled; None when every group is in flight."""
-        target = self._num_groups(self.num_rows) if self.num_rows else 0
+        target = self._policy.num_groups(self.num_rows) if self.num_rows else 0
         while self._ready:
             group = self._ready.popleft()
             if len(self._groups) > target:

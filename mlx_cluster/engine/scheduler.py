@@ -48,8 +48,8 @@ class Scheduler:
         self._waiting: WaitingQueue[SequenceState] = WaitingQueue(
             policy.max_queue, policy.shares, ageing_seconds=policy.ageing_seconds
         )
-        self._prefill = Prefill(policy, self._book)
-        self._groups = Groups(policy.num_groups)
+        self._groups = Groups(policy)
+        self._prefill = Prefill(policy, self._book, self._groups.pace)
         self._live: dict[int, SequenceState] = {}
         self._rows: dict[int, SequenceState] = {}
         self._in_flight: dict[int, InFlight] = {}
@@ -194,6 +194,10 @@ class Scheduler:
             return self._dispatch(Kind.CONTROL)
         return None
 
+    def chunks(self, microbatch_id: int) -> tuple[tuple[int, int], ...]:
+        """(position, length) of each row that a prefill in flight computes; padding counts."""
+        return self._in_flight[microbatch_id].chunks
+
     def take_effects(self) -> list[Effect]:
         """Effects of ``next`` and ``fail_rows`` since the last call."""
         return self._take_effects()
@@ -275,6 +279,7 @@ class Scheduler:
             sample=chunk.last,
             admit=tuple(row_spec(sequence) for sequence in chunk.fresh),
             load=chunk.load,
+            chunks=chunk.chunks,
         )
         if chunk.last:
             for sequence in chunk.sequences:
@@ -308,6 +313,7 @@ class Scheduler:
         admit: tuple[RowSpec, ...] = (),
         load: tuple[Load, ...] = (),
         lengths: tuple[int, ...] = (),
+        chunks: tuple[tuple[int, int], ...] = (),
     ) -> Microbatch:
         store, evict = self._book.take_orders()
         microbatch = Microbatch(
@@ -329,7 +335,7 @@ class Scheduler:
         self._trim.clear()
         self._granted = self.credits
         self._next_microbatch += 1
-        self._in_flight[microbatch.id] = InFlight(microbatch, sequences, group)
+        self._in_flight[microbatch.id] = InFlight(microbatch, sequences, group, chunks)
         return microbatch
 
     def _verified(self, sequence: SequenceState, block: Microbatch, drawn: Sequence[Sampled]) -> None:

@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from mlx_cluster.engine.chunking import MIN_CHUNK, ChunkTimes
 from mlx_cluster.engine.waiting import Share
 from mlx_cluster.errors import ClusterError
 from mlx_cluster.microbatch import Microbatch, RowSpec
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
+
+
+def _unmeasured(_rows: int) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +24,10 @@ class Policy:
     """Bounds of one pipeline's scheduler.
 
     ``num_groups`` answers how many groups to run for a number of decoding rows (see ``engine.fill``).
-    ``max_prompts`` is how many short prompts may share a microbatch. ``shares`` and ``ageing_seconds`` are about who
-    waits (see ``engine.waiting``).
+    ``step_seconds`` predicts a decode step of so many rows, None until measured; ``chunk_times`` prefill chunks.
+    ``max_prompts`` is how many short prompts may share a microbatch; ``itl_budget_seconds`` what the time between two
+    tokens of a stream may come to while a prompt is computed. ``shares`` and ``ageing_seconds`` are about who waits
+    (see ``engine.waiting``).
     """
 
     num_stages: int
@@ -31,6 +38,10 @@ class Policy:
     max_prompts: int = 1
     shares: Mapping[str, Share] = field(default_factory=dict)
     ageing_seconds: float = 15.0
+    step_seconds: Callable[[int], float | None] = _unmeasured
+    chunk_times: ChunkTimes | None = None
+    itl_budget_seconds: float = 0.2
+    min_chunk: int = MIN_CHUNK
 
 
 # -- what the scheduler tells the engine ---------------------------------------------------------
@@ -113,9 +124,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
+    """``chunks`` are the (position, length) of a prefill's rows; several prompts have the length of the longest."""
+
     microbatch: Microbatch
     sequences: tuple[SequenceState, ...]
     group: Group | None
+    chunks: tuple[tuple[int, int], ...] = ()
 
 
 def row_spec(sequence: SequenceState) -> RowSpec:

@@ -52,8 +52,8 @@ def test_one_sequence_is_prefilled_in_chunks_and_decodes_to_its_length() -> None
     kinds = [(m.kind, m.batch_shape, m.sample) for _, m in pipeline.sent]
     assert kinds == [
         (Kind.PREFILL, (1, 4), False),
-        (Kind.PREFILL, (1, 4), False),
-        (Kind.PREFILL, (1, 2), True),
+        (Kind.PREFILL, (1, 3), False),
+        (Kind.PREFILL, (1, 3), True),
         (Kind.DECODE, (1, 1), True),
         (Kind.DECODE, (1, 1), True),
         (Kind.CONTROL, (0, 0), False),
@@ -276,6 +276,6 @@ def test_short_prompts_share_a_microbatch() -> None:
     pipeline.scheduler.submit(request(prompt=8))
     pipeline.scheduler.submit(request(prompt=30))
     pipeline.pump()
-    assert [m.row_lengths for _, m in pipeline.sent] == [(9, 10, 8), (30,)]
+    assert [m.row_lengths for _, m in pipeline.sent] == [(8, 9, 10), (30,)]
     pipeline.run()
     assert pipeline.scheduler.idle
