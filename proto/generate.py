@@ -8,7 +8,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("stage", "engine", "cluster")
+NAMES = ("stage", "engine", "cluster", "weights")
 
 
 def generate(target: Path) -> None:

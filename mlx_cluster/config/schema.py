@@ -157,6 +157,8 @@ class RuntimeSection(Section):
     dequantize: Literal["auto", "always", "never"] = "auto"
     blas: Literal["auto", "off"] = "auto"  # preload OpenBLAS for stage processes (Linux CPU)
     threads: Annotated[int, Field(ge=1)] = 1  # BLAS threads per stage process
+    # A configured model that this node lacks: copied from a peer, else downloaded (fetch); from peers only; or neither.
+    missing_models: Literal["fetch", "peers", "off"] = "fetch"
     load_timeout: Annotated[float, Field(gt=0)] = 600.0
     hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
     prefix_cache: PrefixCacheSection = PrefixCacheSection()

@@ -22,6 +22,7 @@ from mlx_cluster.engine.speculation import Bounds
 from mlx_cluster.engine.waiting import Share
 from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
+from mlx_cluster.node.copies import Copies
 from mlx_cluster.node.identity import Identity, identify
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.servers import NodeServers
@@ -54,7 +55,7 @@ async def _run(settings: Settings, identity: Identity) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    models = LocalModels(settings, identity.entry)
+    models = LocalModels(settings, identity.entry, identity.state_dir / "models")
     await models.refresh()
     agent = Agent(
         settings,
@@ -69,10 +70,11 @@ async def _run(settings: Settings, identity: Identity) -> int:
         ),
     )
     servers = NodeServers(agent)
+    copies = Copies(settings, identity.node_id, models, lambda: agent.view.living, agent.peers.channel)
     try:
         await servers.start()
         _log.info("node runs", pid=os.getpid(), gateway=identity.gateway_url, admin=identity.admin_url)
-        await _until(stopping, agent.run, servers.run)
+        await _until(stopping, agent.run, servers.run, copies.run)
     finally:
         await _stop(agent, servers)
     return 0

@@ -8,6 +8,8 @@ Invariant: paths never leave the node; the cluster speaks of ids and manifest ha
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +37,14 @@ class LocalModel:
 
 
 class LocalModels:
-    """``refresh`` looks at the disk, in a thread; everything else answers from what it found."""
+    """``refresh`` looks at the disk, in a thread; everything else answers from what it found.
 
-    def __init__(self, settings: Settings, entry: NodeEntry) -> None:
+    ``copies`` is the folder of models that were copied from peers; it is looked at last.
+    """
+
+    def __init__(self, settings: Settings, entry: NodeEntry, copies: Path | None = None) -> None:
+        self._copies = copies
+        self._notes: dict[str, str] = {}
         self._entries: Mapping[str, ModelEntry] = settings.models
         self._folders = settings_of_node(settings, entry).model_dirs
         self._device = settings.runtime.device
@@ -51,7 +58,16 @@ class LocalModels:
 
     @property
     def missing(self) -> tuple[tuple[str, str], ...]:
-        return tuple(self._missing.items())
+        return tuple((model_id, self._notes.get(model_id) or why) for model_id, why in self._missing.items())
+
+    def note(self, model_id: str, text: str) -> None:
+        """What is being done about a missing model, for ``missing``; "" takes it back."""
+        self._notes[model_id] = text
+
+    def copy_of(self, model_id: str) -> Path:
+        """Where a copy of this model from a peer belongs."""
+        assert self._copies is not None, "this node was given no folder for copies"
+        return self._copies / f"{re.sub('[^A-Za-z0-9._-]', '-', model_id)}-{_short_hash(model_id)}"
 
     def get(self, model_id: str) -> LocalModel | None:
         return self._found.get(model_id)
@@ -88,7 +104,7 @@ class LocalModels:
     def _look(self, model_id: str, entry: ModelEntry) -> LocalModel:
         wanted = entry.path or model_id
         is_demo = wanted == demo.MODEL_NAME
-        directory = demo.model_dir() if is_demo else checkpoint.resolve_local(wanted, self._folders)
+        directory = demo.model_dir() if is_demo else self._resolve(model_id, wanted)
         checkpoint.validate(directory)
         config = checkpoint.load_config(directory)
         costs = checkpoint.layer_costs(directory)
@@ -115,6 +131,14 @@ class LocalModels:
         )
         return LocalModel(directory, facts, int((directory / "config.json").stat().st_mtime))
 
+    def _resolve(self, model_id: str, wanted: str) -> Path:
+        try:
+            return checkpoint.resolve_local(wanted, self._folders)
+        except CheckpointError:
+            if self._copies is not None and (copy := self.copy_of(model_id)).is_dir():
+                return copy
+            raise
+
     def _ratios(self, costs: checkpoint.LayerCosts, *, quantized: bool) -> tuple[float, float]:
         """How much more the weights take in memory than on disk: as this node prefers it, and at least.
 
@@ -130,3 +154,8 @@ class LocalModels:
         if quantized:
             return (1.0 if self._dequantize == "never" else grown), 1.0
         return grown, grown
+
+
+def _short_hash(text: str) -> str:
+    """So that two ids that differ only in characters no file name has do not share a folder."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

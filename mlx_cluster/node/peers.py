@@ -28,19 +28,20 @@ class Peers:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def client(self, node_id: int) -> ClusterClient:
-        return ClusterClient(self._channel(self._addresses[node_id]), self._cluster, self._names[node_id])
+        return ClusterClient(self.channel(self._addresses[node_id]), self._cluster, self._names[node_id])
 
     async def put_document(self, node_id: int, document: ClusterDocument) -> None:
         await self.client(node_id).put_document(document)
 
     def remote_engine(self, address: str, pipeline: str) -> Engine:
         """The engine of a pipeline on the node whose comms port this is."""
-        return RemoteEngine(self._channel(address), pipeline)
+        return RemoteEngine(self.channel(address), pipeline)
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The one channel to this comms address."""
         if address not in self._channels:
             self._channels[address] = open_channel(address)
         return self._channels[address]

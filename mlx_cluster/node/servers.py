@@ -22,6 +22,7 @@ from mlx_cluster.gateway.app import NodeInfo, create_app
 from mlx_cluster.gateway.server import GatewayServer
 from mlx_cluster.metrics import Metrics
 from mlx_cluster.node.agent import Agent
+from mlx_cluster.node.copies import weights_service
 from mlx_cluster.node.http import admin_app, health_app, node_app
 from mlx_cluster.node.routes import NodeRoutes
 from mlx_cluster.wire import GRPC_OPTIONS
@@ -84,6 +85,7 @@ class NodeServers:
         self._comms = grpc.aio.server(options=GRPC_OPTIONS)
         ClusterService(agent, agent.settings.cluster.name, agent.version).add_to(self._comms)
         EngineService(agent.drivers.resolve).add_to(self._comms)
+        weights_service(agent.settings.cluster.name, agent.models).add_to(self._comms)
         try:
             self._comms.add_insecure_port(f"{bind}:{port}")
         except RuntimeError as error:

@@ -44,6 +44,7 @@ EDGES: dict[str, tuple[str, ...]] = {
     "grpc": (
         "transport/grpc_link.py",
         "cluster/rpc.py",
+        "cluster/weights.py",
         "stage/service.py",
         "engine/stages.py",
         "engine/remote.py",
