@@ -82,7 +82,7 @@ class Coordinator:
         self._grace_ends = started + grace_seconds
         self._led_term: int | None = None
         self._own: set[tuple[str, int]] = set()  # plans placed or adopted in the led term
-        self._weighed: dict[str, frozenset[int]] = {}  # the nodes that lived when a pipeline was last placed or weighed
+        self._weighed: dict[str, frozenset[int]] = {}  # who held its model when a pipeline was last weighed
         self._quiet_since: dict[str, float] = {}
 
     def decide(self, view: ClusterView, leadership: Leadership, document: ClusterDocument, now: float) -> Decision:
@@ -150,7 +150,7 @@ class Coordinator:
             chosen[model_id] += new
             for plan in new:
                 self._own.add((plan.pipeline, plan.version))
-                self._weighed[plan.pipeline] = frozenset(s.node_id for s in view.living)
+                self._weighed[plan.pipeline] = _holders(plan, view)
         return [p for model_id in self._models for p in chosen.get(model_id, [])], tuple(unplaced)
 
     def _stands_in(self, model_id: str, chosen: Mapping[str, Sequence[Plan]]) -> bool:
@@ -162,21 +162,21 @@ class Coordinator:
         )
 
     def _improve(self, plans: list[Plan], view: ClusterView, version: int, now: float) -> list[Plan]:
-        """A node has come since a plan was weighed: at a quiet moment a plan that pays takes its place."""
-        living = frozenset(s.node_id for s in view.living)
+        """Since a plan was weighed a node has come, or got the model: at a quiet moment a better plan follows."""
         running = {p.plan.pipeline: p.running for s in view.living for p in s.pipelines if p.state == "ready"}
         result: list[Plan] = []
         for plan in plans:
             entry = self._models[plan.model.id]
             known = self._weighed.setdefault(plan.pipeline, frozenset(s.node_id for s in plan.stages))
-            if running.get(plan.pipeline) != 0 or living <= known or entry.replicas > 1:
+            holders = _holders(plan, view)
+            if running.get(plan.pipeline) != 0 or holders <= known or entry.replicas > 1:
                 self._quiet_since.pop(plan.pipeline, None)
                 result.append(plan)
                 continue
             if now - self._quiet_since.setdefault(plan.pipeline, now) < QUIET_SECONDS:
                 result.append(plan)
                 continue
-            self._weighed[plan.pipeline] = living
+            self._weighed[plan.pipeline] = holders
             better = self._place.better(plan, entry, view.living, version, plans)
             if better is not None:
                 _log.info("a better plan", pipeline=plan.pipeline, version=version)
@@ -212,6 +212,11 @@ class Coordinator:
             for node_id in split
         )
         return not can_split or holds == dict(split)
+
+
+def _holders(plan: Plan, view: ClusterView) -> frozenset[int]:
+    """The living nodes that could hold layers of this plan's model."""
+    return frozenset(s.node_id for s in view.living if s.model(plan.model.id) is not None)
 
 
 def _runs(plan: Plan, living: Iterable[NodeStatus]) -> bool:
