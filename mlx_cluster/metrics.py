@@ -103,6 +103,13 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "Positions that were not computed again thanks to it"),
     "prefix_evictions": ("prefix_evictions_total", "Entries that went for room or by age"),
     "prefix_fallbacks": ("prefix_fallbacks_total", "Rows computed again because a stage did not have their entry"),
+    "shared": ("shared_total", "Requests that joined an identical one instead of being computed"),
+    "response_cache_entries": ("response_cache_entries", "Answers of deterministic requests kept in memory"),
+    "response_cache_bytes": ("response_cache_bytes", "What they take in memory"),
+    "response_cache_file_entries": ("response_cache_file_entries", "Answers kept in the node's file, of all models"),
+    "response_cache_hits": ("response_cache_hits_total", "Requests answered from kept answers"),
+    "response_cache_misses": ("response_cache_misses_total", "Deterministic requests that had to be computed"),
+    "response_cache_evictions": ("response_cache_evictions_total", "Kept answers that went for room in memory"),
 }
 
 EngineStatistics = Callable[[], Mapping[tuple[str, str], Mapping[str, Any]]]

@@ -67,7 +67,8 @@ class SequenceRequest:
     ``tenant`` separates prefix caches, fairness and whatever else clients must not share; "" is all without a key.
     Higher ``priority`` is admitted earlier. A sequence that waits for a row longer than ``queue_seconds`` is given up.
     ``speculate`` overrides the engine's own judgement of drafts. ``key`` names a generation that a client may attach to
-    again; such a one is held for a while when its stream breaks.
+    again; such a one is held for a while when its stream breaks. ``repeatable`` says that asking again is meant to give
+    the same tokens: it is greedy, or the client gave the seed.
     ``prompt_logprobs`` asks for the log probabilities of the prompt's own tokens, with so many alternatives (0…20).
     With ``pool`` nothing is generated: ``Finished.pooled`` is the state behind the final norm, at the prompt's last
     position or averaged over all, scaled to length 1. Either computes the whole prompt, whatever is cached.
@@ -89,6 +90,7 @@ class SequenceRequest:
     key: str = ""
     prompt_logprobs: int | None = None
     pool: Pool | None = None
+    repeatable: bool = False
 
     @property
     def reads_prompt(self) -> bool:

@@ -223,6 +223,7 @@ def encode_sequence_request(value: SequenceRequest) -> engine_pb2.SequenceReques
         key=value.key,
         prompt_logprobs=value.prompt_logprobs,
         pool=value.pool,
+        repeatable=value.repeatable,
     )
 
 
@@ -244,6 +245,7 @@ def decode_sequence_request(message: engine_pb2.SequenceRequest) -> SequenceRequ
         key=message.key,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         pool=message.pool or None,  # type: ignore[arg-type]  # the sender's request is typed
+        repeatable=message.repeatable,
     )
 
 

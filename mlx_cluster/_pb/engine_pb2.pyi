@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "max_tokens", "sampling", "choice", "stop_token_ids", "emitted", "priority", "grammar", "tenant", "queue_seconds", "speculate", "key", "prompt_logprobs", "pool")
+    __slots__ = ("request_id", "model", "prompt", "max_tokens", "sampling", "choice", "stop_token_ids", "emitted", "priority", "grammar", "tenant", "queue_seconds", "speculate", "key", "prompt_logprobs", "pool", "repeatable")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class SequenceRequest(_message.Message):
     KEY_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
+    REPEATABLE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -41,7 +42,8 @@ class SequenceRequest(_message.Message):
     key: str
     prompt_logprobs: int
     pool: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_stage_pb2.Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., emitted: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[_stage_pb2.Grammar, _Mapping]] = ..., tenant: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., speculate: _Optional[bool] = ..., key: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., pool: _Optional[str] = ...) -> None: ...
+    repeatable: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_stage_pb2.Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., emitted: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[_stage_pb2.Grammar, _Mapping]] = ..., tenant: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., speculate: _Optional[bool] = ..., key: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., pool: _Optional[str] = ..., repeatable: _Optional[bool] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
     __slots__ = ("admitted", "token", "finished", "failure", "scored")
@@ -56,6 +58,12 @@ class SequenceEvent(_message.Message):
     failure: EngineFailure
     scored: Scored
     def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[EngineFailure, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ...) -> None: ...
+
+class SequenceEvents(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[SequenceEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[SequenceEvent, _Mapping]]] = ...) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ("cached_tokens",)

@@ -76,6 +76,7 @@ async def prepare(
         priority=priority,
         queue_seconds=ask.caller.queue_seconds,
         speculate=ask.speculate,
+        repeatable=ask.seed_given or ask.sampling.temperature == 0,
     )
     sequences = tuple(replace(shared, choice=choice) for choice in range(ask.num_choices))
     return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences, shape=shape)

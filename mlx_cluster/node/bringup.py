@@ -43,8 +43,11 @@ class StageAgent(Protocol):
 class DrivenEngine(Engine, Protocol):
     """The part of ``engine.engine.PipelineEngine`` that is used here."""
 
-    lost: asyncio.Event
-    lost_reason: str
+    @property
+    def lost(self) -> asyncio.Event: ...
+
+    @property
+    def lost_reason(self) -> str: ...
 
     @property
     def running(self) -> int: ...

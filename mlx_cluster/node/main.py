@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from mlx_cluster import log
 from mlx_cluster.config.load import Loaded
@@ -22,6 +23,7 @@ from mlx_cluster.engine.speculation import Bounds
 from mlx_cluster.engine.waiting import Share
 from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
+from mlx_cluster.node.composed import ComposedEngine, response_cache
 from mlx_cluster.node.copies import Copies
 from mlx_cluster.node.identity import Identity, identify
 from mlx_cluster.node.models import LocalModels
@@ -62,7 +64,7 @@ async def _run(settings: Settings, identity: Identity) -> int:
         identity,
         models,
         start_process=stage_starter(settings),
-        make_engine=engine_maker(settings, models),
+        make_engine=engine_maker(settings, models, identity.state_dir),
         timing=Timing(
             load_seconds=settings.runtime.load_timeout,
             link_seconds=settings.network.connect_timeout,
@@ -115,13 +117,14 @@ def stage_starter(settings: Settings) -> StageStarter:
     return start
 
 
-def engine_maker(settings: Settings, models: LocalModels) -> EngineMaker:
-    """Real engines."""
+def engine_maker(settings: Settings, models: LocalModels, state_dir: Path) -> EngineMaker:
+    """Real engines, with what the settings put in front of them; kept answers outlive an engine."""
+    cache = response_cache(settings.runtime.response_cache, state_dir)
 
     def make(plan: Plan, epoch: Epoch, stage_addresses: Sequence[str], row_costs: Sequence[RowCost]) -> DrivenEngine:
         local = models.get(plan.model.id)
         assert local is not None, "stage 0 of this plan was started from this node's own directory"
-        return PipelineEngine(
+        pipeline = PipelineEngine(
             plan,
             epoch,
             stage_addresses,
@@ -132,6 +135,10 @@ def engine_maker(settings: Settings, models: LocalModels) -> EngineMaker:
             drafts=draft_bounds(settings.speculation, row_costs),
             shares={key.tenant: Share(key.weight, key.max_waiting) for key in settings.api_gateway.keys},
         )
+        share = settings.scheduler.share_identical
+        if not share and cache is None:
+            return pipeline
+        return ComposedEngine(pipeline, plan, share=share, cache=cache)
 
     return make
 

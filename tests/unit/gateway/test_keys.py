@@ -77,6 +77,14 @@ async def test_an_engine_hears_tenant_priority_and_patience(tokenizer_dir: Path,
         assert [(r.tenant, r.priority) for r in engine.requests[4:]] == [(BATCH.tenant, -2), ("", 0)]
 
 
+async def test_an_engine_hears_whether_asking_again_gives_the_same(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
+    async with running(tokenizer_dir, tokenizer) as world:
+        engine = world.engine(text="hello")
+        for changes in ({"temperature": 0}, {"seed": 5}, {"temperature": 0.5}):
+            await world.http.post("/v1/chat/completions", json={**CHAT, **changes})
+        assert [request.repeatable for request in engine.requests] == [True, True, False]
+
+
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("priority", [1, 11, -11, "high", 0.5, True])
 async def test_a_priority_out_of_bounds_is_refused_by_name(world: World, priority: object) -> None:

@@ -1,0 +1,85 @@
+"""What stands in front of a pipeline's engine, in which order, and that its life stays its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from mlx_cluster.config.schema import ResponseCacheSection
+from mlx_cluster.errors import ClusterError, StageLost
+from mlx_cluster.node.composed import ComposedEngine, response_cache
+from mlx_cluster.plan import ModelRef, Plan, StageAssignment
+from mlx_cluster.request import Event, Sampling, SequenceRequest
+from tests.fake_engine import Script, ScriptedEngine
+
+PLAN = Plan("m", 1, ModelRef("m", "hash", 2), (StageAssignment(0, 0, 0, 2),), "grpc")
+GREEDY = SequenceRequest("r", "m", (1, 2), 3, Sampling(temperature=0.0), repeatable=True)
+
+
+class Pipeline:
+    def __init__(self) -> None:
+        self.engine = ScriptedEngine(Script(tokens=(5, 6, 7)))
+        self.lost = asyncio.Event()
+        self.lost_reason = ""
+        self.calls: list[object] = []
+
+    async def start(self, timeout_seconds: float) -> None:
+        self.calls.append(timeout_seconds)
+
+    async def canary(self, timeout_seconds: float) -> None:
+        self.calls.append(timeout_seconds)
+
+    async def stop(self, error: ClusterError | None = None) -> None:
+        self.calls.append(error)
+
+    def statistics(self) -> dict[str, object]:
+        return {"rows": 0}
+
+    def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
+        return self.engine.generate(request)
+
+
+async def collect(engine: ComposedEngine) -> list[Event]:
+    async with contextlib.aclosing(engine.generate(GREEDY)) as events:
+        return [event async for event in events]
+
+
+async def test_both_together_compute_once_at_once_and_never_again(tmp_path: Path) -> None:
+    pipeline = Pipeline()
+    cache = response_cache(ResponseCacheSection(enabled=True, path="answers.sqlite3"), tmp_path)
+    engine = ComposedEngine(pipeline, PLAN, share=True, cache=cache)
+    answers = await asyncio.gather(*(collect(engine) for _ in range(4)))
+    assert all(answer == answers[0] for answer in answers)
+    assert await collect(engine) == answers[0]
+    assert len(pipeline.engine.requests) == 1
+    figures = engine.statistics()
+    assert figures["rows"] == 0
+    assert figures["shared"] == 3
+    assert figures["response_cache_hits"] == 1
+    assert (tmp_path / "answers.sqlite3").exists()
+
+
+async def test_without_either_it_is_the_pipeline_alone() -> None:
+    pipeline = Pipeline()
+    engine = ComposedEngine(pipeline, PLAN, share=False, cache=None)
+    await asyncio.gather(collect(engine), collect(engine))
+    assert len(pipeline.engine.requests) == 2
+    assert engine.statistics() == {"rows": 0}
+
+
+async def test_the_life_of_the_pipeline_is_its_own() -> None:
+    pipeline = Pipeline()
+    engine = ComposedEngine(pipeline, PLAN, share=True, cache=None)
+    gone = StageLost("gone")
+    await engine.start(1.0)
+    await engine.canary(2.0)
+    await engine.stop(gone)
+    assert pipeline.calls == [1.0, 2.0, gone]
+    pipeline.lost_reason = "gone"
+    assert (engine.lost, engine.lost_reason) == (pipeline.lost, "gone")
+
+
+def test_no_cache_unless_it_is_asked_for(tmp_path: Path) -> None:
+    assert response_cache(ResponseCacheSection(), tmp_path) is None
