@@ -3,8 +3,8 @@
 Owns: what may be kept and under which name, the bound in bytes, age, the order of eviction, what is counted.
 Does not own: the file (``response_file``), the computation.
 Invariants: only whole generations are kept (``stop`` or ``length``), and only of requests whose tokens are settled by
-themselves: greedy ones, and those to which the client gave a seed. A name holds the tenant, the model's fingerprint, the
-prompt and every field that has a part in the tokens, so that nothing is ever given to another tenant, after another
+themselves: greedy ones, and those to which the client gave a seed. A name holds the tenant, the model's fingerprint,
+the prompt and every field that has a part in the tokens, so that nothing is ever given to another tenant, after another
 model took the name, or for other sampling. A replay is the same events as the first time, its usage too.
 """
 

@@ -50,7 +50,7 @@ class ResponseFile:
         self.num_entries = 0
 
     async def get(self, name: bytes) -> tuple[float, bytes] | None:
-        """When the entry was kept and its body, or None when it is not there, is too old, is damaged or does not come in time."""
+        """When the entry was kept and its body; None when it is not there, too old, damaged or slow to come."""
         try:
             async with asyncio.timeout(READ_SECONDS):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, self._safely, self._read, name)
