@@ -210,7 +210,7 @@ async def test_answers_survive_a_restart(path: Path) -> None:
         assert computed(front) == 0
         assert front.statistics()["response_cache_file_entries"] == 1
         assert front.statistics()["response_cache_entries"] == 1  # in memory again
-    assert os.stat(path).st_mode & 0o077 == 0  # noqa: ASYNC240 - a test waits for its disk
+    assert os.stat(path).st_mode & 0o077 == 0
 
 
 async def test_answers_of_the_file_age_and_go_for_room(path: Path) -> None:
@@ -234,7 +234,7 @@ async def test_answers_of_the_file_age_and_go_for_room(path: Path) -> None:
 async def test_a_damaged_file_is_set_aside_and_serving_goes_on(
     path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path.parent.mkdir()  # noqa: ASYNC240 - a test waits for its disk
+    path.parent.mkdir()
     path.write_bytes(damage)  # noqa: ASYNC240
     clock = Clock()
     with opened(path, clock) as file:
