@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlx_cluster import log
 
@@ -63,7 +63,7 @@ class ResponseFile:
         if self._unwritten >= MAX_UNWRITTEN:
             return
         self._unwritten += 1
-        self._thread.submit(self._safely, self._write, name, body).add_done_callback(self._written)
+        self._thread.submit(self._safely, self._write, name, body, self._clock()).add_done_callback(self._written)
 
     def close(self) -> None:
         """Write what waits, and close the file."""
@@ -75,7 +75,7 @@ class ResponseFile:
     def _written(self, _done: Future[None]) -> None:
         self._unwritten -= 1
 
-    def _safely(self, work: Callable[..., T], *arguments: bytes) -> T | None:
+    def _safely(self, work: Callable[..., T], *arguments: Any) -> T | None:
         try:
             return work(self._opened(), *arguments)
         except sqlite3.DatabaseError as error:
@@ -100,8 +100,7 @@ class ResponseFile:
             database.execute("UPDATE answer SET used_at = ? WHERE name = ?", (now, name))
         return kept_at, bytes(body)
 
-    def _write(self, database: sqlite3.Connection, name: bytes, body: bytes) -> None:
-        now = self._clock()
+    def _write(self, database: sqlite3.Connection, name: bytes, body: bytes, now: float) -> None:
         with database:
             self._delete(database, name)
             database.execute("INSERT INTO answer VALUES (?, ?, ?, ?, ?)", (name, now, now, zlib.crc32(body), body))

@@ -48,6 +48,14 @@ class ComposedEngine:
     def lost_reason(self) -> str:
         return self._pipeline.lost_reason
 
+    @property
+    def running(self) -> int:
+        return self._pipeline.running
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]:
+        return self._pipeline.step_seconds
+
     async def start(self, timeout_seconds: float) -> None:
         await self._pipeline.start(timeout_seconds)
 

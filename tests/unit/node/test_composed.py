@@ -24,6 +24,8 @@ class Pipeline:
         self.lost = asyncio.Event()
         self.lost_reason = ""
         self.calls: list[object] = []
+        self.running = 3
+        self.step_seconds = (0.5,)
 
     async def start(self, timeout_seconds: float) -> None:
         self.calls.append(timeout_seconds)
@@ -78,6 +80,7 @@ async def test_the_life_of_the_pipeline_is_its_own() -> None:
     await engine.stop(gone)
     assert pipeline.calls == [1.0, 2.0, gone]
     pipeline.lost_reason = "gone"
+    assert (engine.running, engine.step_seconds) == (3, (0.5,))
     assert (engine.lost, engine.lost_reason) == (pipeline.lost, "gone")
 
 
