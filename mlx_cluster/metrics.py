@@ -99,6 +99,8 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "accepted_tokens": ("accepted_tokens_total", "Drafted tokens that came true"),
     "prefix_entries": ("prefix_entries", "Entries of the prefix cache"),
     "prefix_bytes": ("prefix_bytes", "What they take on the stage where they take the most"),
+    "prefix_disk_entries": ("prefix_disk_entries", "Entries of the prefix cache that are on the stages' disks only"),
+    "prefix_disk_hits": ("prefix_disk_hits_total", "Rows that began with an entry read from the disks"),
     "prefix_hits": ("prefix_hits_total", "Rows that began with an entry of the prefix cache"),
     "prefix_hit_tokens": ("prefix_hit_tokens_total", "Positions that were not computed again thanks to it"),
     "prefix_evictions": ("prefix_evictions_total", "Entries that went for room or by age"),

@@ -48,20 +48,37 @@ class RowSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Saved:
+    """What an entry on a disk is: ``digest`` names the file, ``salt`` and ``tokens`` are what it was made of."""
+
+    digest: bytes
+    salt: str = ""
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Store:
-    """Keep a copy of the row's caches, as they are before this microbatch's forward pass, as ``entry``."""
+    """Keep a copy of the row's caches, as they are before this microbatch's forward pass, as ``entry``.
+
+    ``saved`` is there where entries go to the disk too.
+    """
 
     row: int
     entry: int
+    saved: Saved | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The row, admitted in the same header, begins with a copy of the entry's first ``length`` positions."""
+    """The row, admitted in the same header, begins with a copy of the entry's first ``length`` positions.
+
+    With a ``digest`` the entry is to be read from the disk first.
+    """
 
     row: int
     entry: int
     length: int
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ Invariant: ``decode(encode(value)) == value``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mlx_cluster import errors
 from mlx_cluster._pb import engine_pb2, stage_pb2
 from mlx_cluster.microbatch import (
@@ -17,6 +19,7 @@ from mlx_cluster.microbatch import (
     Report,
     RowSpec,
     Sampled,
+    Saved,
     ScoredToken,
     Store,
     Trim,
@@ -106,8 +109,11 @@ def encode_microbatch(value: Microbatch) -> stage_pb2.Microbatch:
         ],
         release=value.release,
         lengths=value.lengths,
-        store=[stage_pb2.Store(row=s.row, entry=s.entry) for s in value.store],
-        load=[stage_pb2.Load(row=item.row, entry=item.entry, length=item.length) for item in value.load],
+        store=[stage_pb2.Store(row=s.row, entry=s.entry, saved=_encode_saved(s.saved)) for s in value.store],
+        load=[
+            stage_pb2.Load(row=item.row, entry=item.entry, length=item.length, digest=item.digest)
+            for item in value.load
+        ],
         evict=value.evict,
         trim=[stage_pb2.Trim(row=t.row, length=t.length) for t in value.trim],
     )
@@ -138,11 +144,31 @@ def decode_microbatch(message: stage_pb2.Microbatch) -> Microbatch:
         ),
         release=tuple(message.release),
         lengths=tuple(message.lengths),
-        store=tuple(Store(s.row, s.entry) for s in message.store),
-        load=tuple(Load(item.row, item.entry, item.length) for item in message.load),
+        store=tuple(
+            Store(s.row, s.entry, _decode_saved(s.saved) if s.HasField("saved") else None) for s in message.store
+        ),
+        load=tuple(Load(item.row, item.entry, item.length, item.digest) for item in message.load),
         evict=tuple(message.evict),
         trim=tuple(Trim(t.row, t.length) for t in message.trim),
     )
+
+
+def _encode_saved(value: Saved | None) -> stage_pb2.Saved | None:
+    return None if value is None else stage_pb2.Saved(digest=value.digest, salt=value.salt, tokens=value.tokens)
+
+
+def _decode_saved(message: stage_pb2.Saved) -> Saved:
+    return Saved(message.digest, message.salt, tuple(message.tokens))
+
+
+def encode_saved_entries(entries: Iterable[Saved]) -> stage_pb2.SavedEntries:
+    return stage_pb2.SavedEntries(
+        entries=[stage_pb2.Saved(digest=e.digest, salt=e.salt, tokens=e.tokens) for e in entries]
+    )
+
+
+def decode_saved_entries(message: stage_pb2.SavedEntries) -> tuple[Saved, ...]:
+    return tuple(_decode_saved(each) for each in message.entries)
 
 
 # -- stage → engine ------------------------------------------------------------------------------

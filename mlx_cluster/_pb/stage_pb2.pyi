@@ -15,14 +15,16 @@ class EngineMessage(_message.Message):
     def __init__(self, microbatch: _Optional[_Union[Microbatch, _Mapping]] = ..., tick: _Optional[_Union[Tick, _Mapping]] = ...) -> None: ...
 
 class StageMessage(_message.Message):
-    __slots__ = ("report", "tick", "failure")
+    __slots__ = ("report", "tick", "failure", "saved")
     REPORT_FIELD_NUMBER: _ClassVar[int]
     TICK_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
     report: Report
     tick: Tick
     failure: StageFailure
-    def __init__(self, report: _Optional[_Union[Report, _Mapping]] = ..., tick: _Optional[_Union[Tick, _Mapping]] = ..., failure: _Optional[_Union[StageFailure, _Mapping]] = ...) -> None: ...
+    saved: SavedEntries
+    def __init__(self, report: _Optional[_Union[Report, _Mapping]] = ..., tick: _Optional[_Union[Tick, _Mapping]] = ..., failure: _Optional[_Union[StageFailure, _Mapping]] = ..., saved: _Optional[_Union[SavedEntries, _Mapping]] = ...) -> None: ...
 
 class Tick(_message.Message):
     __slots__ = ()
@@ -75,22 +77,42 @@ class Trim(_message.Message):
     def __init__(self, row: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Store(_message.Message):
-    __slots__ = ("row", "entry")
+    __slots__ = ("row", "entry", "saved")
     ROW_FIELD_NUMBER: _ClassVar[int]
     ENTRY_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
     row: int
     entry: int
-    def __init__(self, row: _Optional[int] = ..., entry: _Optional[int] = ...) -> None: ...
+    saved: Saved
+    def __init__(self, row: _Optional[int] = ..., entry: _Optional[int] = ..., saved: _Optional[_Union[Saved, _Mapping]] = ...) -> None: ...
+
+class Saved(_message.Message):
+    __slots__ = ("digest", "salt", "tokens")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    salt: str
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, digest: _Optional[bytes] = ..., salt: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SavedEntries(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[Saved]
+    def __init__(self, entries: _Optional[_Iterable[_Union[Saved, _Mapping]]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("row", "entry", "length")
+    __slots__ = ("row", "entry", "length", "digest")
     ROW_FIELD_NUMBER: _ClassVar[int]
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     row: int
     entry: int
     length: int
-    def __init__(self, row: _Optional[int] = ..., entry: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, row: _Optional[int] = ..., entry: _Optional[int] = ..., length: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class RowSpec(_message.Message):
     __slots__ = ("row", "sampling", "choice", "first_index", "prompt_length", "history", "grammar", "stop_token_ids", "prompt_logprobs", "pool")

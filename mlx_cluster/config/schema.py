@@ -134,6 +134,13 @@ class NetworkSection(Section):
     insecure: bool = False  # allow non-loopback addresses without authentication and TLS
 
 
+class PrefixDiskSection(Section):
+    """Entries that survive a restart. ``path`` may begin with ~; a relative one lies in the node's state directory."""
+
+    path: Annotated[str, Field(min_length=1)] = "prefixes"
+    max_bytes: MemoryAmount = "10GB"  # of all files below the path; the least recently used ones go
+
+
 class PrefixCacheSection(Section):
     """Keys and values of earlier prompts and answers, kept on every stage for prompts that begin alike."""
 
@@ -141,6 +148,7 @@ class PrefixCacheSection(Section):
     max_bytes: MemoryAmount = "1GB"  # on each stage
     ttl_seconds: Annotated[float, Field(gt=0)] = 3600.0
     min_tokens: Annotated[int, Field(ge=1)] = 32  # shorter common beginnings are computed again
+    disk: PrefixDiskSection | None = None
 
 
 class ResponseCacheSection(Section):
@@ -162,6 +170,8 @@ class RuntimeSection(Section):
     load_timeout: Annotated[float, Field(gt=0)] = 600.0
     hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
     prefix_cache: PrefixCacheSection = PrefixCacheSection()
+    kv_bits: Literal[4, 8] | None = None  # keys and values in so many bits; null keeps the model's precision
+    kv_group_size: Literal[32, 64] = 64  # values that share a scale; it must divide the model's head size
     response_cache: ResponseCacheSection = ResponseCacheSection()
 
 

@@ -116,6 +116,7 @@ class PipelineEngine:
             PrefixIndex(prefix) if prefix is not None else None,
             Speculation(drafts, self._block_costs) if drafts is not None else None,
         )
+        self._has_disk = prefix is not None and prefix.disk_max_bytes > 0
         self._clients: dict[int, _Client] = {}
         self._trips: dict[int, _Trip] = {}
         self._error: ClusterError | None = None
@@ -143,6 +144,10 @@ class PipelineEngine:
         """Open the stream to every stage. Raises ``StageStartError`` when one does not answer."""
         self._watchdog = asyncio.get_running_loop().create_task(self._watch(), name="engine watchdog")
         await asyncio.gather(*(stream.open(timeout_seconds) for stream in self._streams))
+        if self._has_disk:
+            saved = await asyncio.gather(*(stream.saved(timeout_seconds) for stream in self._streams))
+            restored = self._scheduler.restore_prefixes(saved, asyncio.get_running_loop().time())
+            _log.info("prefixes on the stages' disks", usable=restored, by_stage=[len(entries) for entries in saved])
         if self._error is not None:
             raise StageStartError(self.lost_reason)
 

@@ -4,7 +4,11 @@ Owns: names of entries, hits, least-recently-used eviction by bytes and age. The
 all stages the same ``store``, ``load`` and ``evict``, in the order of the headers, so an entry that this index knows is
 there when a header that loads it arrives.
 Does not own: the keys and values themselves (``model.prefix`` on every stage).
-Invariant: the entries' bytes never exceed ``max_bytes``; a hit leaves at least one token of the prompt to compute.
+Invariant: the bytes of entries in memory never exceed ``max_bytes``, those on the disk ``disk_max_bytes``; a hit leaves
+at least one token of the prompt to compute.
+
+Stages with a disk write every entry there. What goes from their memory for room or by age is then still known here, as
+long as it fits the disk, and comes back to memory when it is loaded.
 
 A radix tree over blocks of token ids, one root per salt (tenants never see each other's entries). Where every cache of
 the model can be cut (``can_trim``) any common prefix is a hit; otherwise only a whole entry is.
@@ -12,6 +16,8 @@ the model can be cut (``can_trim``) any common prefix is a hit; otherwise only a
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +35,10 @@ class RowCost:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_bytes`` on one stage; an entry of n positions costs ``fixed_bytes + n * bytes_per_position`` there."""
+    """``max_bytes`` on one stage; an entry of n positions costs ``fixed_bytes + n * bytes_per_position`` there.
+
+    ``disk_max_bytes`` on its disk, 0 without one.
+    """
 
     max_bytes: int
     bytes_per_position: int
@@ -37,6 +46,7 @@ class Limits:
     ttl_seconds: float = 3600.0
     min_tokens: int = 32
     can_trim: bool = True
+    disk_max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,7 @@ class _Entry:
     num_bytes: int
     used_at: float
     node: _Node
+    digest: bytes
 
 
 class PrefixIndex:
@@ -83,11 +94,20 @@ class PrefixIndex:
         self.num_bytes = 0
         self.num_evicted = 0  # for room or by age; entries that a longer one replaced are not counted
         self._roots: dict[str, _Node] = {}
-        self._entries: dict[int, _Entry] = {}  # in order of last use: the first is the oldest
+        self._entries: dict[int, _Entry] = {}
+        self._resident: dict[int, None] = {}  # in memory, in order of last use: the first is the oldest
+        self._on_disk: dict[int, None] = {}  # only there, in the same order
+        self._disk_bytes = 0  # of these
         self._next_id = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Entries in memory."""
+        return len(self._resident)
+
+    @property
+    def num_on_disk(self) -> int:
+        """Entries that are only there."""
+        return len(self._on_disk)
 
     def lookup(self, salt: str, tokens: Sequence[int], now: float) -> Hit | None:
         """The longest reusable prefix of ``tokens``, or None when there is none of ``min_tokens`` or more."""
@@ -117,24 +137,51 @@ class PrefixIndex:
         if self._is_covered(node, tokens, len(path) - 1, rest):
             return None
         superfluous = self._prefixes_of(path, tokens) if self.limits.can_trim else []
-        evicted = [self._remove(entry) for entry in superfluous]
+        evicted = [entry for entry in superfluous if entry in self._resident]
+        for entry in superfluous:
+            self._remove(entry)
         evicted += self.expire(now)
-        while self.num_bytes + num_bytes > self.limits.max_bytes:
-            evicted.append(self._remove(next(iter(self._entries))))
-            self.num_evicted += 1
+        evicted += self._make_room(num_bytes)
         entry_id = self._insert(salt, tokens, num_bytes, now)
+        self._enter_memory(entry_id)
         return Stored(entry_id, tuple(evicted))
+
+    def restore(self, salt: str, tokens: Sequence[int], now: float) -> bool:
+        """All stages have these on their disks, from before. False when they are known, too short or too large."""
+        tokens = tuple(tokens)
+        num_bytes = self.limits.fixed_bytes + len(tokens) * self.limits.bytes_per_position
+        if len(tokens) < self.limits.min_tokens or num_bytes > min(self.limits.max_bytes, self.limits.disk_max_bytes):
+            return False
+        path, rest = self._walk(salt, tokens)
+        if self._is_covered(path[-1], tokens, len(path) - 1, rest):
+            return False
+        self._enter_disk(self._insert(salt, tokens, num_bytes, now))
+        return True
+
+    def digest(self, entry: int) -> bytes:
+        """The name of its files; empty where stages have no disk."""
+        return self._entries[entry].digest
+
+    def fetch(self, entry: int) -> tuple[bytes, tuple[int, ...]]:
+        """Have an entry in memory: what to read from the disk (nothing when it is there), and what goes for it."""
+        if entry in self._resident:
+            return b"", ()
+        known = self._entries[entry]
+        self._leave(entry)  # first, or making room could push it off the disk
+        evicted = self._make_room(known.num_bytes)
+        self._enter_memory(entry)
+        return known.digest, tuple(evicted)
 
     def expire(self, now: float) -> list[int]:
         """Entries that nobody used for ``ttl_seconds``: gone from the index, to be evicted on the stages.
 
-        Asked before every header, so it looks no further than the first entry that is young enough.
+        Asked before every header, so it looks no further than the first entry that is young enough. On the disk entries
+        do not age.
         """
         oldest = now - self.limits.ttl_seconds
         gone = []
-        while self._entries and (first := next(iter(self._entries.values()))).used_at < oldest:
-            gone.append(self._remove(first.id))
-        self.num_evicted += len(gone)
+        while self._resident and self._entries[first := next(iter(self._resident))].used_at < oldest:
+            gone.append(self._evict(first))
         return gone
 
     def forget(self, entry: int) -> bool:
@@ -208,16 +255,50 @@ class PrefixIndex:
             block = tokens[at : at + BLOCK_TOKENS]
             node = node.children.setdefault(block, _Node(node, block))
             at += BLOCK_TOKENS
-        entry = _Entry(self._next_id, salt, len(tokens), num_bytes, now, node)
+        name = digest(salt, tokens) if self.limits.disk_max_bytes else b""
+        entry = _Entry(self._next_id, salt, len(tokens), num_bytes, now, node, name)
         self._next_id += 1
         node.ends[entry.id] = tokens[at:]
         self._entries[entry.id] = entry
-        self.num_bytes += num_bytes
         return entry.id
 
+    def _make_room(self, num_bytes: int) -> list[int]:
+        """Entries that leave memory, the oldest first, so that these bytes fit."""
+        evicted = []
+        while self.num_bytes + num_bytes > self.limits.max_bytes:
+            evicted.append(self._evict(next(iter(self._resident))))
+        return evicted
+
+    def _evict(self, entry: int) -> int:
+        """Out of memory; onto the disk, where there is one."""
+        self.num_evicted += 1
+        if not self._entries[entry].digest:
+            return self._remove(entry)
+        self._leave(entry)
+        self._enter_disk(entry)
+        return entry
+
+    def _enter_memory(self, entry: int) -> None:
+        self._resident[entry] = None
+        self.num_bytes += self._entries[entry].num_bytes
+
+    def _enter_disk(self, entry: int) -> None:
+        self._on_disk[entry] = None
+        self._disk_bytes += self._entries[entry].num_bytes
+        while self._disk_bytes > self.limits.disk_max_bytes:
+            self._remove(next(iter(self._on_disk)))
+
+    def _leave(self, entry: int) -> None:
+        if entry in self._resident:
+            del self._resident[entry]
+            self.num_bytes -= self._entries[entry].num_bytes
+        elif entry in self._on_disk:
+            del self._on_disk[entry]
+            self._disk_bytes -= self._entries[entry].num_bytes
+
     def _remove(self, entry_id: int) -> int:
+        self._leave(entry_id)
         entry = self._entries.pop(entry_id)
-        self.num_bytes -= entry.num_bytes
         node = entry.node
         del node.ends[entry_id]
         while node.parent is not None and not node.ends and not node.children:
@@ -228,9 +309,18 @@ class PrefixIndex:
         return entry_id
 
     def _touch(self, entry_id: int, now: float) -> None:
-        entry = self._entries.pop(entry_id)
-        entry.used_at = now
-        self._entries[entry_id] = entry
+        self._entries[entry_id].used_at = now
+        place = self._resident if entry_id in self._resident else self._on_disk
+        del place[entry_id]
+        place[entry_id] = None
+
+
+def digest(salt: str, tokens: Sequence[int]) -> bytes:
+    """The name of an entry's files, the same on all stages and in every epoch."""
+    hashed = hashlib.blake2b(digest_size=16)
+    hashed.update(len(salt.encode()).to_bytes(4, "little") + salt.encode())
+    hashed.update(array("Q", tokens).tobytes())
+    return hashed.digest()
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

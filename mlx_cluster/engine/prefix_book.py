@@ -8,9 +8,11 @@ row that broke on some stage leaves no entry behind; a tenant never begins with 
 
 from __future__ import annotations
 
-from mlx_cluster.engine.prefix import Hit, PrefixIndex
+from collections.abc import Sequence
+
+from mlx_cluster.engine.prefix import Hit, PrefixIndex, digest
 from mlx_cluster.engine.sequence import SequenceState
-from mlx_cluster.microbatch import Load, Store
+from mlx_cluster.microbatch import Load, Saved, Store
 
 
 class PrefixBook:
@@ -21,7 +23,7 @@ class PrefixBook:
         self._keep: list[tuple[SequenceState, tuple[int, ...]]] = []
         self._store: list[Store] = []
         self._evict: list[int] = []
-        self._num_hits = self._num_hit_tokens = 0
+        self._num_hits = self._num_hit_tokens = self._num_disk_hits = 0
 
     def statistics(self) -> dict[str, int]:
         """What is kept, by the cost on the tightest stage, and what came of it since the engine began."""
@@ -31,8 +33,24 @@ class PrefixBook:
             "prefix_bytes": index.num_bytes if index is not None else 0,
             "prefix_hits": self._num_hits,
             "prefix_hit_tokens": self._num_hit_tokens,
+            "prefix_disk_entries": index.num_on_disk if index is not None else 0,
+            "prefix_disk_hits": self._num_disk_hits,
             "prefix_evictions": index.num_evicted if index is not None else 0,
         }
+
+    def restore(self, saved: Sequence[Sequence[Saved]], now: float) -> int:
+        """What lies on the disks of all stages, by stage, can be used again; the first stage's have their tokens.
+
+        Gives how many are new. The least recently used come first.
+        """
+        if self._index is None:
+            return 0
+        everywhere = set.intersection(*({entry.digest for entry in entries} for entries in saved))
+        return sum(
+            self._index.restore(entry.salt, entry.tokens, now)
+            for entry in saved[0]
+            if entry.digest in everywhere and entry.digest == digest(entry.salt, entry.tokens)
+        )
 
     @property
     def has_orders(self) -> bool:
@@ -52,7 +70,11 @@ class PrefixBook:
         sequence.entry = hit.entry
         self._num_hits += 1
         self._num_hit_tokens += hit.length
-        return (Load(sequence.row, hit.entry, hit.length),)
+        assert self._index is not None
+        name, evicted = self._index.fetch(hit.entry)
+        self._num_disk_hits += bool(name)
+        self._evict += evicted  # a header evicts before it loads
+        return (Load(sequence.row, hit.entry, hit.length, name),)
 
     def keep_prompt(self, sequence: SequenceState) -> None:
         """Its last chunk was sent: the next header finds exactly the prompt in the row's caches."""
@@ -78,7 +100,9 @@ class PrefixBook:
         for sequence, tokens in self._keep:
             stored = self._index.store(sequence.request.tenant, tokens, now)
             if stored is not None:
-                self._store.append(Store(sequence.row, stored.entry))
+                name = self._index.digest(stored.entry)
+                saved = Saved(name, sequence.request.tenant, tokens) if name else None
+                self._store.append(Store(sequence.row, stored.entry, saved))
                 sequence.kept.append(stored.entry)
                 self._evict += stored.evict
         self._keep.clear()

@@ -33,7 +33,7 @@ from mlx_cluster.engine.sequence import (
 from mlx_cluster.engine.speculation import Speculation
 from mlx_cluster.engine.waiting import WaitingQueue
 from mlx_cluster.errors import QueueTimeout, RowFailed
-from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Trim
+from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Saved, Trim
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
 
 
@@ -89,6 +89,10 @@ class Scheduler:
                 retry_after_seconds=self._waiting.retry_after_seconds(now),
             )
             self._effects.append(Failed(sequence.id, error))
+
+    def restore_prefixes(self, saved: Sequence[Sequence[Saved]], now: float) -> int:
+        """What the stages have on their disks, by stage; gives how many entries can be used again."""
+        return self._book.restore(saved, now)
 
     def cancel(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is; its row is released in order. Unknown ids are ignored."""

@@ -18,9 +18,9 @@ import grpc
 from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.errors import StageStartError
-from mlx_cluster.microbatch import Report
+from mlx_cluster.microbatch import Report, Saved
 from mlx_cluster.plan import Plan
-from mlx_cluster.wire import GRPC_OPTIONS, decode_report
+from mlx_cluster.wire import GRPC_OPTIONS, decode_report, decode_saved_entries
 
 _log = log.get("engine.stages")
 
@@ -53,6 +53,7 @@ class StageStream:
         self._channel: grpc.aio.Channel | None = None
         self._heard = asyncio.Event()
         self._heard_at = 0.0
+        self._saved: asyncio.Future[tuple[Saved, ...]] = asyncio.get_running_loop().create_future()
         self._closing = False
 
     async def open(self, timeout_seconds: float) -> None:
@@ -78,6 +79,15 @@ class StageStream:
     def put(self, header: bytes) -> None:
         """Queue one serialized ``EngineMessage``; the credits bound what can be waiting."""
         self._outbox.put_nowait(header)
+
+    async def saved(self, timeout_seconds: float) -> tuple[Saved, ...]:
+        """The entries on the stage's disk, which it names first. Raises ``StageStartError`` when it does not."""
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._saved), timeout_seconds)
+        except TimeoutError:
+            raise StageStartError(
+                f"stage {self.index} at {self.address} did not say within {timeout_seconds:g} s what is on its disk"
+            ) from None
 
     @property
     def opened(self) -> bool:
@@ -119,6 +129,8 @@ class StageStream:
                 match message.WhichOneof("kind"):
                     case "report":
                         self._on_report(decode_report(message.report))
+                    case "saved":
+                        self._saved.set_result(decode_saved_entries(message.saved))
                     case "failure":
                         reason = f"{message.failure.code}: {message.failure.message}"
                         break

@@ -54,7 +54,7 @@ def cost(caches: Caches) -> Cost:
     A sliding window counts as full from the beginning: it is small, and a row that outgrows it costs no more.
     """
     fixed = growing = 0
-    for part in _parts(caches):
+    for part in parts(caches):
         if getattr(part, "keys", None) is None:
             fixed += part.nbytes
             continue
@@ -70,14 +70,14 @@ def cost(caches: Caches) -> Cost:
 
 def always_cuts(caches: Caches) -> bool:
     """Whether caches of this kind can be cut to fewer positions, however many they have."""
-    return all(isinstance(part, KVCache | QuantizedKVCache) for part in _parts(caches))
+    return all(isinstance(part, KVCache | QuantizedKVCache) for part in parts(caches))
 
 
 def can_cut(caches: Caches) -> bool:
     """Whether these can: a sliding window also until it is full, for it has lost nothing yet."""
     return all(
         isinstance(part, KVCache | QuantizedKVCache) or (isinstance(part, RotatingKVCache) and part.is_trimmable())
-        for part in _parts(caches)
+        for part in parts(caches)
     )
 
 
@@ -90,7 +90,7 @@ def copied(caches: Caches, *, without: int = 0) -> Caches:
     if without:
         for cache in copies:
             cache.trim(without)
-    for part in _parts(copies):
+    for part in parts(copies):
         if getattr(part, "keys", None) is not None:
             part.keys, part.values = tree_map(mx.contiguous, part.keys_and_values())
         else:
@@ -109,11 +109,11 @@ def _again(value: Any) -> Any:
     return mx.contiguous(value) if isinstance(value, mx.array) else value
 
 
-def _parts(caches: Iterable[Any]) -> Iterator[Any]:
+def parts(caches: Iterable[Any]) -> Iterator[Any]:
     """The caches with those inside a ``CacheList`` in its place."""
     for cache in caches:
         if isinstance(cache, CacheList):
-            yield from _parts(cache.caches)
+            yield from parts(cache.caches)
         else:
             yield cache
 

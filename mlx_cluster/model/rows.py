@@ -95,7 +95,7 @@ class Rows:
         self._rows: dict[int, Row] = {}
         self._groups: dict[int, Group] = {}
         self._cuts = row_cache.always_cuts(part.make_caches())
-        self.entries = Entries()
+        self.entries = Entries(part.make_caches)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -223,7 +223,7 @@ class Rows:
         try:
             caches = row.caches if row.group is None else self._groups[row.group].peek(item.row)
             assert caches is not None
-            self.entries.store(item.entry, caches, row.positions)
+            self.entries.store(item.entry, caches, row.positions, item.saved)
         except COMPUTE_ERRORS as error:
             logger.warning("a prefix was not kept", row=item.row, positions=row.positions, error=str(error))
 
@@ -231,7 +231,7 @@ class Rows:
         row = self._rows.get(item.row)
         if row is None or not row.is_fresh:
             return False
-        row.caches = self.entries.load(item.entry, item.length)
+        row.caches = self.entries.load(item.entry, item.length, item.digest)
         row.positions = item.length
         row.missing = row.caches is None
         return not row.missing

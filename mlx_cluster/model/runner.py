@@ -19,12 +19,13 @@ from mlx.utils import tree_flatten
 
 from mlx_cluster import log
 from mlx_cluster.errors import LinkMismatch, RowFailed
-from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec
+from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec, Saved
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import prompts, reading, sampling, state
 from mlx_cluster.model.grammar import Grammars
-from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, load_slice
+from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, floating_dtype, load_slice
 from mlx_cluster.model.pending import Finished, Incomplete, PendingBlocks, PendingFill, PendingFrame, PendingTokens
+from mlx_cluster.model.prefix_disk import PrefixDisk
 from mlx_cluster.model.rows import COMPUTE_ERRORS, Row, Rows
 from mlx_cluster.model.slice import Head
 from mlx_cluster.request import Sampling
@@ -92,6 +93,14 @@ class SliceRunner:
     def prefix_bytes(self) -> int:
         """What the entries of the prefix cache take."""
         return self._rows.entries.num_bytes
+
+    def keep_on_disk(self, root: Path, max_bytes: int, model: str) -> list[Saved]:
+        """From now on entries go to the disk too; what lies there already. ``model`` names the checkpoint."""
+        part = self.slice
+        kinds = [type(cache).__name__ for cache in row_cache.parts(part.make_caches())]
+        fingerprint = f"{model}/{part.start}-{part.end}/{floating_dtype(part)}/{self.row_cost}/{kinds}"
+        disk = self._rows.entries.disk = PrefixDisk(root, max_bytes, fingerprint)
+        return disk.entries()
 
     @cached_property
     def can_trim(self) -> bool:

@@ -108,6 +108,11 @@ def unpack(frame: Frame) -> list[mx.array]:
     return arrays
 
 
+def array_from(spec: TensorSpec, data: Any) -> mx.array:
+    """An array of its bytes."""
+    return _take(data, 0, num_bytes(spec), spec)
+
+
 def _take(payload: Any, offset: int, size: int, spec: TensorSpec) -> mx.array:
     if isinstance(payload, mx.array):
         return payload[offset : offset + size].view(_dtype(spec)).reshape(spec.shape)

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mlx_cluster import log
@@ -42,7 +43,7 @@ from mlx_cluster.node.placer import ClusterPlacer, with_transport
 from mlx_cluster.node.stages import StageHost, StageStarter
 from mlx_cluster.node.state import NodeState
 from mlx_cluster.plan import Epoch, Plan
-from mlx_cluster.stage.spec import StageSpec
+from mlx_cluster.stage.spec import DiskSpec, StageSpec
 
 DOCUMENT_WAIT_SECONDS = 10.0  # a driver may know a document a moment before the others
 STALE_HEARTBEATS = 10  # an event loop that was silent for so many intervals is frozen: its node must look dead
@@ -382,7 +383,17 @@ class Agent:
             memory_budget_bytes=available_bytes(self.status, plan.pipeline, self.view.living),
             link_timeout_seconds=self.settings.network.link_timeout,
             log_level=self.settings.log.level,
+            prefix_disk=self._prefix_disk(),
+            kv_bits=runtime.kv_bits,
+            kv_group_size=runtime.kv_group_size,
         )
+
+    def _prefix_disk(self) -> DiskSpec | None:
+        section = self.settings.runtime.prefix_cache
+        if not section.enabled or section.disk is None:
+            return None
+        path = self.identity.state_dir / Path(section.disk.path).expanduser()
+        return DiskSpec(str(path), parse_bytes(section.disk.max_bytes))
 
     def _agent(self, node_id: int) -> StageAgent:
         return OwnAgent(self) if node_id == self.identity.node_id else self.peers.client(node_id)

@@ -161,4 +161,5 @@ def prefix_limits(section: PrefixCacheSection, row_costs: Sequence[RowCost]) -> 
         ttl_seconds=section.ttl_seconds,
         min_tokens=section.min_tokens,
         can_trim=all(cost.can_trim for cost in row_costs),
+        disk_max_bytes=parse_bytes(section.disk.max_bytes) if section.disk is not None else 0,
     )

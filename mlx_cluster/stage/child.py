@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mlx_cluster import lifeline, log
 from mlx_cluster.errors import ClusterError
-from mlx_cluster.microbatch import Runner
+from mlx_cluster.microbatch import Runner, Saved
 from mlx_cluster.stage.device import DeviceThread
 from mlx_cluster.stage.emulation import EmulatedRunner
 from mlx_cluster.stage.faults import FaultyRunner
@@ -51,6 +51,7 @@ class Slice:
     can_trim: bool
     kv_fixed_bytes: int
     kv_bytes_per_position: int
+    saved: tuple[Saved, ...] = ()
 
 
 def main() -> int:
@@ -184,7 +185,7 @@ class StageChild:
             link_timeout_seconds=spec.link_timeout_seconds,
             on_report=service.report,
         )
-        service.begin(worker)
+        service.begin(worker, loaded.saved)
         self._events.emit(StageEvent("linked", address=address))
         await _serve(worker, service)
 
@@ -262,10 +263,13 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
         on_progress=on_progress,
     )
     loaded.warm_up()
+    disk = spec.prefix_disk
+    saved = loaded.keep_on_disk(Path(disk.path), disk.max_bytes, spec.plan.model.manifest_hash) if disk else []
     return Slice(
         FaultyRunner(loaded, spec.faults) if spec.faults is not None else loaded,
         memory_bytes=loaded.memory_bytes,
         can_trim=loaded.can_trim,
         kv_fixed_bytes=loaded.kv_fixed_bytes,
         kv_bytes_per_position=loaded.kv_bytes_per_position,
+        saved=tuple(saved),
     )

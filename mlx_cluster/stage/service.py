@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -18,12 +19,12 @@ import grpc.aio
 from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.errors import ClusterError, Fenced, PortInUse, StageLost, Unavailable
-from mlx_cluster.microbatch import Report
+from mlx_cluster.microbatch import Report, Saved
 from mlx_cluster.plan import Epoch
 from mlx_cluster.stage.spec import StageSpec
 from mlx_cluster.stage.worker import Worker
 from mlx_cluster.transport.grpc_link import CODE_KEY, HiddenStates
-from mlx_cluster.wire import GRPC_OPTIONS, decode_microbatch, encode_report
+from mlx_cluster.wire import GRPC_OPTIONS, decode_microbatch, encode_report, encode_saved_entries
 
 SERVICE = "mlx_cluster.Stage"
 # Reports that the engine has not read yet; its credits keep the number far lower.
@@ -43,6 +44,7 @@ class StageService:
         self.hidden = HiddenStates()
         self._server: Any = grpc.aio.server(options=GRPC_OPTIONS)
         self._worker: Worker | None = None
+        self._saved: Sequence[Saved] = ()
         self._opened = False
         self._outbox: asyncio.Queue[stage_pb2.StageMessage | None] = asyncio.Queue(MAX_UNREAD)
         self._ended: asyncio.Future[ClusterError] = asyncio.get_running_loop().create_future()
@@ -67,9 +69,9 @@ class StageService:
         await self._server.start()
         return f"{self._spec.host}:{port}"
 
-    def begin(self, worker: Worker) -> None:
-        """From now on the engine may open its stream."""
-        self._worker = worker
+    def begin(self, worker: Worker, saved: Sequence[Saved] = ()) -> None:
+        """From now on the engine may open its stream, where it hears first which entries lie ``saved`` here."""
+        self._worker, self._saved = worker, saved
 
     def report(self, report: Report) -> None:
         """Hand a report to the engine, without waiting."""
@@ -110,6 +112,7 @@ class StageService:
             )
             return
         self._opened = True
+        self._say(stage_pb2.StageMessage(saved=encode_saved_entries(self._told())))
         reader = asyncio.create_task(self._read(context, worker), name="headers of the engine")
         try:
             while (message := await self._outbox.get()) is not None:
@@ -139,6 +142,10 @@ class StageService:
             logger.exception("the engine's stream cannot be read")
             self._end(StageLost(f"the engine's stream cannot be read: {error}"))
         self._say(None)
+
+    def _told(self) -> list[Saved]:
+        """The tokens of saved entries are the same on every stage: the first one's word is enough."""
+        return [entry if self._spec.index == 0 else Saved(entry.digest) for entry in self._saved]
 
     def _check(self, metadata: dict[str, str]) -> None:
         """Raise ``Fenced`` unless the caller speaks of this process's pipeline, plan and epoch, for the first time."""

@@ -42,6 +42,14 @@ class EmulationSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """Where a stage keeps entries of the prefix cache over a restart, and how many bytes of them."""
+
+    path: str
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class FaultSpec:
     """What a test has one stage do wrong. ``forget_stores``: which of its stores it forgets at once, counted from 0."""
 
@@ -65,6 +73,9 @@ class StageSpec:
     log_level: str = "info"
     emulation: EmulationSpec | None = None
     faults: FaultSpec | None = None
+    prefix_disk: DiskSpec | None = None
+    kv_bits: Literal[4, 8] | None = None
+    kv_group_size: int = 64
 
     def to_line(self) -> str:
         data = {
@@ -82,6 +93,9 @@ class StageSpec:
             "log_level": self.log_level,
             "emulation": asdict(self.emulation) if self.emulation else None,
             "faults": asdict(self.faults) if self.faults else None,
+            "prefix_disk": asdict(self.prefix_disk) if self.prefix_disk else None,
+            "kv_bits": self.kv_bits,
+            "kv_group_size": self.kv_group_size,
         }
         return json.dumps(data)
 
@@ -91,11 +105,13 @@ class StageSpec:
         if data.pop("type", None) != "spec":
             raise ValueError("the first line on a stage's stdin must be its spec")
         emulation, faults = data.pop("emulation"), data.pop("faults")
+        disk = data.pop("prefix_disk")
         return cls(
             plan=Plan.from_json(data.pop("plan")),
             epoch=Epoch.parse(data.pop("epoch")),
             emulation=EmulationSpec(**emulation) if emulation else None,
             faults=FaultSpec(tuple(faults["forget_stores"])) if faults else None,
+            prefix_disk=DiskSpec(**disk) if disk else None,
             **data,
         )
 

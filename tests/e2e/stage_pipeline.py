@@ -33,7 +33,11 @@ def plan_over(cuts: Sequence[int]) -> Plan:
 
 @asynccontextmanager
 async def running_stages(
-    model_dir: Path, cuts: Sequence[int], *, change: Callable[[StageSpec], StageSpec] = lambda spec: spec
+    model_dir: Path,
+    cuts: Sequence[int],
+    *,
+    change: Callable[[StageSpec], StageSpec] = lambda spec: spec,
+    prefix: Limits = PREFIX,
 ) -> AsyncIterator[PipelineEngine]:
     """Stages between these layers, and an engine with a prefix cache over them."""
     plan = plan_over(cuts)
@@ -54,7 +58,7 @@ async def running_stages(
             SchedulerSection(),
             max_context=4096,
             report_deadline_seconds=PATIENCE_SECONDS,
-            prefix=PREFIX,
+            prefix=prefix,
         )
         stack.push_async_callback(engine.stop)
         await engine.start(PATIENCE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import httpx
 import pytest
 
 from mlx_cluster import demo
-from mlx_cluster.stage.spec import FaultSpec, StageSpec
+from mlx_cluster.stage.spec import DiskSpec, FaultSpec, StageSpec
 from tests.e2e.cluster_processes import ClusterProcesses, running
-from tests.e2e.stage_pipeline import running_stages, say
+from tests.e2e.stage_pipeline import PREFIX, running_stages, say
 from tests.tiny_models import write_tiny_model
 
 CUTS = [0, 3, 6]
@@ -89,3 +90,50 @@ def test_a_chat_says_how_much_of_it_was_cached_its_own_answers_included(cluster:
     assert float(figures['mlx_cluster_engine_prefix_fallbacks_total{model="tiny",pipeline="tiny"}']) == 0
     assert float(figures['mlx_cluster_engine_prefix_entries{model="tiny",pipeline="tiny"}']) >= 1
     assert float(figures['mlx_cluster_engine_prefix_bytes{model="tiny",pipeline="tiny"}']) > 0
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+async def wait_for_files(folder: Path, count: int) -> list[Path]:
+    """Entries are written behind the stages' backs."""
+    async with asyncio.timeout(60):
+        while len(files := files_in(folder)) < count:
+            await asyncio.sleep(0.05)
+    return files
+
+
+async def test_entries_on_the_disk_survive_a_restart_of_all_stages(model_dir: Path, tmp_path: Path) -> None:
+    def with_disk(spec: StageSpec) -> StageSpec:
+        return replace(spec, prefix_disk=DiskSpec(str(tmp_path), 1 << 30))
+
+    limits = replace(PREFIX, disk_max_bytes=1 << 30)
+    longer = (*PROMPT, 1, 2, 3)
+    async with running_stages(model_dir, CUTS) as engine:
+        expected = (await say(engine, longer, 4)).tokens
+    async with running_stages(model_dir, CUTS, change=with_disk, prefix=limits) as engine:
+        await say(engine, PROMPT, 1, tenant="a")
+        files = await wait_for_files(tmp_path, 2)
+    assert len({path.parent for path in files}) == 2, "a folder for each slice"
+
+    async with running_stages(model_dir, CUTS, change=with_disk, prefix=limits) as engine:
+        assert engine.statistics()["prefix_disk_entries"] == 1
+        other = await say(engine, longer, 4, tenant="b")
+        assert (other.tokens, other.cached) == (expected, 0)
+        said = await say(engine, longer, 4, tenant="a")
+        assert (said.tokens, said.cached) == (expected, len(PROMPT))
+        figures = engine.statistics()
+        assert (figures["prefix_disk_hits"], figures["prefix_fallbacks"]) == (1, 0)
+        await wait_for_files(tmp_path, 4)
+
+    damaged = files[-1]
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for path in set(files_in(tmp_path)) - set(files):
+        path.unlink()
+    async with running_stages(model_dir, CUTS, change=with_disk, prefix=limits) as engine:
+        said = await say(engine, longer, 4, tenant="a")
+        assert (said.tokens, said.cached) == (expected, 0)
+        assert engine.statistics()["prefix_fallbacks"] == 1, "one stage found its file damaged"
+        assert not damaged.exists()

@@ -19,6 +19,7 @@ from mlx_cluster.microbatch import (
     Report,
     RowSpec,
     Sampled,
+    Saved,
     ScoredToken,
     Store,
     Trim,
@@ -56,6 +57,7 @@ specs = st.builds(
     grammar=grammars,
     stop_token_ids=ids,
 )
+saved_entries = st.builds(Saved, digest=st.binary(max_size=16), salt=st.text(max_size=5), tokens=ids)
 microbatches = st.builds(
     Microbatch,
     id=small,
@@ -67,8 +69,10 @@ microbatches = st.builds(
     admit=st.lists(specs, max_size=2).map(tuple),
     release=ids,
     lengths=ids,
-    store=st.lists(st.builds(Store, row=small, entry=small), max_size=3).map(tuple),
-    load=st.lists(st.builds(Load, row=small, entry=small, length=small), max_size=3).map(tuple),
+    store=st.lists(st.builds(Store, row=small, entry=small, saved=st.none() | saved_entries), max_size=3).map(tuple),
+    load=st.lists(st.builds(Load, row=small, entry=small, length=small, digest=st.binary(max_size=16)), max_size=3).map(
+        tuple
+    ),
     evict=ids,
     trim=st.lists(st.builds(Trim, row=small, length=small), max_size=3).map(tuple),
 )
@@ -181,3 +185,8 @@ def test_what_is_read_off_a_prompt_crosses(scores: list[tuple[int, int, float, A
     assert wire.decode_sequence_request(wire.encode_sequence_request(request)) == request
     header = Microbatch(1, Kind.PREFILL, admit=(RowSpec(1, Sampling(), 0, prompt_logprobs=0, pool=pool),))
     assert wire.decode_microbatch(wire.encode_microbatch(header)) == header
+
+
+@given(st.lists(saved_entries, max_size=3))
+def test_entries_on_a_disk(entries: list[Saved]) -> None:
+    assert wire.decode_saved_entries(wire.encode_saved_entries(entries)) == tuple(entries)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cluster.engine.prefix import BLOCK_TOKENS, Hit, Limits, PrefixIndex
+from mlx_cluster.engine.prefix import BLOCK_TOKENS, Hit, Limits, PrefixIndex, digest
 
 
 def index(**limits: object) -> PrefixIndex:
@@ -103,6 +103,55 @@ def test_caches_that_cannot_be_cut_hit_whole_entries_only() -> None:
     assert cache.lookup("", range(90), 1) == Hit(long.entry, 80)
     assert cache.lookup("", range(80), 1) == Hit(short.entry, 40), "the whole prompt may not come from the cache"
     assert cache.lookup("", range(30), 1) is None
+
+
+def test_with_a_disk_what_leaves_memory_is_known_and_comes_back() -> None:
+    cache = index(max_bytes=250, disk_max_bytes=1000)
+    a, b, c = (cache.store("", range(1000 * i, 1000 * i + 100), i) for i in range(3))
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    assert c.evict == (a.entry,)
+    assert (len(cache), cache.num_on_disk, cache.num_bytes) == (2, 1, 200)
+    assert cache.lookup("", range(101), 4) == Hit(a.entry, 100)
+    assert cache.fetch(a.entry) == (digest("", range(100)), (b.entry,))
+    assert cache.fetch(a.entry) == (b"", ()), "it is in memory now"
+    assert (len(cache), cache.num_on_disk, cache.num_bytes) == (2, 1, 200)
+
+
+def test_entries_do_not_age_on_the_disk() -> None:
+    cache = index(ttl_seconds=10, disk_max_bytes=1000)
+    stored = cache.store("", range(100), 0)
+    assert stored is not None
+    assert cache.expire(11) == [stored.entry]
+    assert cache.expire(1e9) == []
+    assert cache.lookup("", range(101), 1e9) == Hit(stored.entry, 100)
+
+
+def test_the_disk_has_a_bound_too() -> None:
+    cache = index(max_bytes=100, disk_max_bytes=250)
+    for i in range(5):
+        cache.store("", range(1000 * i, 1000 * i + 100), i)
+    assert (len(cache), cache.num_on_disk) == (1, 2)
+    assert cache.lookup("", range(101), 9) is None
+    assert cache.lookup("", range(2000, 2101), 9) is not None
+
+
+def test_what_lay_on_the_disks_before_is_found_again() -> None:
+    cache = index(max_bytes=150, disk_max_bytes=1000)
+    assert cache.restore("a", range(100), 0)
+    assert not cache.restore("a", range(50), 0), "it is covered"
+    assert not cache.restore("a", range(1000, 1200), 0), "it would not fit memory"
+    assert (len(cache), cache.num_bytes, cache.num_on_disk) == (0, 0, 1)
+    assert cache.lookup("b", range(101), 1) is None
+    hit = cache.lookup("a", range(101), 1)
+    assert hit is not None
+    assert cache.fetch(hit.entry) == (digest("a", range(100)), ())
+
+
+def test_a_digest_tells_salts_from_tokens() -> None:
+    names = {digest("", [1, 2]), digest("", [1, 2, 0]), digest("a", [1, 2]), digest("", [2, 1]), digest("ab", [1])}
+    assert len(names) == 5
 
 
 tokens = st.lists(st.integers(0, 1), min_size=1, max_size=3).flatmap(

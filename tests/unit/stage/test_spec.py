@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
-from mlx_cluster.stage.spec import EmulationSpec, FaultSpec, LinkCommand, StageEvent, StageSpec
+from mlx_cluster.stage.spec import DiskSpec, EmulationSpec, FaultSpec, LinkCommand, StageEvent, StageSpec
 
 PLAN = Plan("p", 3, ModelRef("m", "abc", 4), (StageAssignment(0, 0, 0, 2), StageAssignment(1, 1, 2, 4)), "grpc", "why")
 
@@ -23,6 +23,8 @@ def test_a_spec(emulation: EmulationSpec | None, faults: FaultSpec | None) -> No
         memory_budget_bytes=5,
         emulation=emulation,
         faults=faults,
+        prefix_disk=DiskSpec("/var/prefixes", 7) if faults else None,
+        kv_bits=8,
     )
     assert StageSpec.from_line(spec.to_line()) == spec
 
