@@ -115,6 +115,34 @@ def test_the_examples_get_their_answers_through_the_openai_client(cluster: Up) -
             assert ask(client, example["question"]) == example["answer"]
 
 
+def test_a_passage_said_again_is_drafted_and_comes_out_the_same(cluster: Up) -> None:
+    """The conversation so far has what the model is about to say: drafts come true, and change nothing."""
+    example = EXAMPLES[1]
+    conversation = [
+        {"role": "user", "content": example["question"]},
+        {"role": "assistant", "content": example["answer"]},
+        {"role": "user", "content": example["question"]},
+    ]
+    body = {"model": "demo", "messages": conversation, "temperature": 0, "max_tokens": 120}
+    texts = {}
+    for wish in (False, True):
+        before = accepted_tokens(cluster)
+        answer = httpx.post(
+            f"{cluster.url}/v1/chat/completions", json={**body, "speculation": wish}, timeout=60, trust_env=False
+        )
+        assert answer.status_code == 200, answer.text
+        texts[wish] = answer.json()["choices"][0]["message"]["content"]
+        accepted = accepted_tokens(cluster) - before
+        assert accepted > 10 if wish else accepted == 0
+    assert texts[True] == texts[False] == example["answer"]
+
+
+def accepted_tokens(cluster: Up) -> float:
+    text = httpx.get(f"{cluster.url}/metrics", timeout=10, trust_env=False).text
+    (line,) = [line for line in text.splitlines() if line.startswith("mlx_cluster_engine_accepted_tokens_total{")]
+    return float(line.rpartition(" ")[2])
+
+
 def test_streaming_says_the_same_and_an_alias_answers(cluster: Up) -> None:
     example = EXAMPLES[0]
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
