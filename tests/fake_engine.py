@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_cluster.errors import ClusterError, Unavailable
-from mlx_cluster.request import Admitted, Engine, Event, Finished, FinishReason, SequenceRequest, ServedModel, Token
+from mlx_cluster.request import (
+    Admitted,
+    Engine,
+    Event,
+    Finished,
+    FinishReason,
+    Scored,
+    SequenceRequest,
+    ServedModel,
+    Token,
+)
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -42,6 +52,7 @@ class Script:
     go: asyncio.Semaphore | None = None
     cached_tokens: int = 0
     ends_early: bool = False
+    pooled: Callable[[SequenceRequest], tuple[float, ...]] = lambda request: (1.0, float(len(request.prompt)))
 
 
 @dataclass
@@ -73,6 +84,17 @@ class ScriptedEngine:
             if script.admit is not None:
                 await script.admit.wait()
             yield Admitted(cached_tokens=script.cached_tokens)
+            if request.prompt_logprobs is not None:
+                told = tuple(
+                    self._token(request, at, id_, request.prompt_logprobs) for at, id_ in enumerate(request.prompt)
+                )[1:]
+                yield Scored(told[:2])  # as chunks bring them
+                yield Scored(told[2:])
+            if request.pool is not None:
+                ended = True
+                yield Finished("stop", len(request.prompt), 0, pooled=script.pooled(request))
+                await self._note(lambda: self.finished.append(key))
+                return
             reason: FinishReason = "length"
             count = 0
             for token_id in script.tokens:
@@ -103,9 +125,9 @@ class ScriptedEngine:
                 # Closing must not wait for a lock that a waiting test holds.
                 self._telling = asyncio.create_task(self._note(lambda: None))
 
-    def _token(self, request: SequenceRequest, index: int, token_id: int) -> Token:
+    def _token(self, request: SequenceRequest, index: int, token_id: int, wanted: int | None = None) -> Token:
         """Log probabilities are made up, but a function of the id: -id/100, and one less for each alternative."""
-        wanted = request.sampling.top_logprobs
+        wanted = request.sampling.top_logprobs if wanted is None else wanted
         if wanted is None:
             return Token(index, token_id)
         logprob = -token_id / 100
@@ -147,18 +169,23 @@ def served_model(model_dir: Path | str, **changes: object) -> ServedModel:
 
 
 def write_byte_level_tokenizer(
-    directory: Path, *, merges: Iterable[tuple[str, str]] = (), chat_template: str | None = CHAT_TEMPLATE
+    directory: Path,
+    *,
+    merges: Iterable[tuple[str, str]] = (),
+    chat_template: str | None = CHAT_TEMPLATE,
+    more_special: Sequence[str] = (),
 ) -> Path:
     """A byte-level BPE tokenizer: three special tokens, 256 bytes, and the given merges. ``<|im_end|>`` ends."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     merges = list(merges)
-    pieces = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*SPECIAL_TOKENS, *alphabet, *("".join(merge) for merge in merges), *more_special]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIAL_TOKENS, *more_special)])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     if chat_template is not None:
         config["chat_template"] = chat_template

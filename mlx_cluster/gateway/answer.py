@@ -23,9 +23,10 @@ from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
+from mlx_cluster.gateway.echo import Echoed
 from mlx_cluster.gateway.errors import SlowReader, is_internal
 from mlx_cluster.gateway.keys import Keys
-from mlx_cluster.gateway.openai import Answered, Dialect, Head
+from mlx_cluster.gateway.openai import Answered, CompletionDialect, Dialect, Head, best
 from mlx_cluster.gateway.parts import Part
 from mlx_cluster.gateway.prepare import Prepared, prepare
 from mlx_cluster.gateway.session import ChoiceEnd, Delta, Limits, PartDelta, Session, Usage
@@ -115,8 +116,10 @@ class GenerationResponse(Response):
 
     async def _whole(self) -> bytes:
         """The body of an answer in one piece. Every error is raised, and becomes a status."""
-        parts: list[list[Part]] = [[] for _ in range(self._ask.num_choices)]
-        ends = [ChoiceEnd(index, "length", 0) for index in range(self._ask.num_choices)]
+        count = self._ask.num_sequences
+        parts: list[list[Part]] = [[] for _ in range(count)]
+        ends = [ChoiceEnd(index, "length", 0) for index in range(count)]
+        echoes: list[Echoed | None] = [None] * count
         async with self._within_total(), self._session() as (session, dialect):
             async for batch in session.batches():
                 for event in batch:
@@ -126,7 +129,13 @@ class GenerationResponse(Response):
                         parts[event.choice].append(event.part)
                     elif isinstance(event, ChoiceEnd):
                         ends[event.choice] = event
-        choices = [Answered(end.choice, parts[end.choice], end.reason, end.stop_string) for end in ends]
+                    elif isinstance(event, Echoed):
+                        echoes[event.choice] = event
+        choices = best(
+            [Answered(end.choice, parts[end.choice], end.reason, end.stop_string, echoes[end.choice]) for end in ends],
+            self._ask.num_drawn,
+            self._ask.num_choices,
+        )
         return json.dumps(dialect.whole(choices, session.usage), ensure_ascii=False).encode()
 
     async def _stream(self, writer: EventWriter) -> bytes:
@@ -135,7 +144,7 @@ class GenerationResponse(Response):
             await writer.start()
             try:
                 async with self._within_total():
-                    if opening := dialect.start(self._ask.num_choices):
+                    if opening := dialect.start(self._ask.num_sequences):
                         await writer.write(opening)
                     async for batch in session.batches():
                         await writer.write(b"".join([_event(event, dialect) for event in batch]))
@@ -227,4 +236,7 @@ def _event(event: Any, dialect: Dialect) -> bytes:
         return dialect.part(event)
     if isinstance(event, ChoiceEnd):
         return dialect.choice_end(event)
+    if isinstance(event, Echoed):
+        assert isinstance(dialect, CompletionDialect), "no other route has echo"
+        return dialect.echoed(event)
     return dialect.alive()

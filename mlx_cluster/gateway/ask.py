@@ -17,6 +17,7 @@ from mlx_cluster.gateway.keys import NOBODY, Caller
 from mlx_cluster.request import Grammar, Sampling
 
 MAX_CHOICES = 16
+MAX_SEQUENCES = 256  # of one request: prompts times choices
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # characters; matching costs its square in the worst case
 MAX_TOP_LOGPROBS = 20
@@ -57,7 +58,7 @@ class ToolUse:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One client request. Exactly one of ``messages``, ``text`` and ``token_ids`` is the prompt.
+    """One client request, with ``messages`` or one or more ``prompts``, each a text or its token ids.
 
     ``sampling.seed`` is not resolved yet where ``seed_given`` is False. ``max_tokens`` None means what is left of the
     context, up to the session's bound. ``prompt_field``, ``max_tokens_field`` and ``grammar_field`` are the client's
@@ -68,12 +69,15 @@ class Ask:
     sampling: Sampling
     messages: tuple[Mapping[str, Any], ...] | None = None
     continues: bool = False  # the last of the messages is the answer's own beginning
-    text: str | None = None
-    token_ids: tuple[int, ...] | None = None
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    suffix: str | None = None  # the answer belongs between the prompt and this
+    echo: bool = False  # the answer begins with the prompt
+    echo_only: bool = False  # and ends with it
     seed_given: bool = False
     max_tokens: int | None = None
     max_tokens_is_ceiling: bool = False  # more than the context leaves is no error, what is left is enough
-    num_choices: int = 1
+    num_choices: int = 1  # that are answered for each prompt
+    best_of: int | None = None  # so many are drawn for each prompt, of which the best are answered
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     prompt_field: str = "messages"
@@ -90,3 +94,13 @@ class Ask:
     speculate: bool | None = None  # None: as the engine sees fit
     caller: Caller = NOBODY
     splits_reasoning: bool = False  # whether the dialect can show reasoning apart from text
+
+    @property
+    def num_drawn(self) -> int:
+        """Sequences for each prompt."""
+        return max(self.num_choices, self.best_of or 0)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in all; those of one prompt follow each other."""
+        return self.num_drawn * max(1, len(self.prompts))

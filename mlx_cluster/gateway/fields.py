@@ -104,9 +104,7 @@ COMPLETION: Mapping[str, Rule] = {
     **_SAMPLING,
     **dict.fromkeys(("user", "metadata", "store", "service_tier"), ADVISORY),
     "prompt": HONOURED,
-    "best_of": _refused("only all n choices can be returned; set best_of equal to n or leave it out"),
-    "echo": _refused("the prompt is not echoed; leave the field out", False),
-    "suffix": _refused("filling in the middle is not supported; leave the field out", ""),
+    **dict.fromkeys(("best_of", "echo", "suffix"), HONOURED),
 }
 
 

@@ -7,12 +7,15 @@ Invariant: one event per piece; what is the same in all chunks of a stream is en
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import mlx_cluster
 from mlx_cluster.gateway.choice import Piece
+from mlx_cluster.gateway.echo import Echoed
 from mlx_cluster.gateway.errors import error_bytes
 from mlx_cluster.gateway.parts import (
     Call,
@@ -43,6 +46,7 @@ class Answered:
     parts: Sequence[Part]
     reason: str
     stop_string: str | None = None
+    echoed: Echoed | None = None
 
     @property
     def pieces(self) -> list[Piece]:
@@ -62,6 +66,22 @@ class Answered:
         return calls_of(self.parts)
 
 
+def best(choices: Sequence[Answered], num_drawn: int, num_kept: int) -> list[Answered]:
+    """Of each prompt's ``num_drawn`` choices the ``num_kept`` whose tokens are the most likely on average, numbered."""
+    if num_kept == num_drawn:
+        return list(choices)
+    kept: list[Answered] = []
+    for at in range(0, len(choices), num_drawn):
+        ranked = sorted(choices[at : at + num_drawn], key=_mean_logprob, reverse=True)
+        kept += ranked[:num_kept]
+    return [replace(choice, index=index) for index, choice in enumerate(kept)]
+
+
+def _mean_logprob(choice: Answered) -> float:
+    logprobs = [_finite(token.logprob) for token in _tokens(choice.pieces)]
+    return sum(logprobs) / len(logprobs) if logprobs else LOWEST_LOGPROB
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """What every object of one answer repeats."""
@@ -75,6 +95,11 @@ class Head:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     max_tokens: int = 0  # what the engine was asked for
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Changes when the same seed may give another answer: with the model and with this program."""
+        return f"fp_{hashlib.sha256(f'{self.model}/{mlx_cluster.__version__}'.encode()).hexdigest()[:10]}"
 
 
 class Dialect(Protocol):
@@ -106,6 +131,7 @@ class _Chunks:
     def __init__(self, head: Head, object_name: str) -> None:
         self._head = head
         fields = {"id": head.id, "object": object_name, "created": head.created, "model": head.model}
+        fields["system_fingerprint"] = head.system_fingerprint
         self._before = f"data: {json.dumps(fields)[:-1]}, "
         self._no_usage = ', "usage": null' if head.include_usage else ""
 
@@ -182,6 +208,7 @@ class ChatDialect(_Stream):
             "object": "chat.completion",
             "created": self._head.created,
             "model": self._head.model,
+            "system_fingerprint": self._head.system_fingerprint,
             "choices": [
                 {
                     "index": choice.index,
@@ -263,6 +290,17 @@ class CompletionDialect(_Stream):
             event.completion_tokens,
         )
 
+    def echoed(self, event: Echoed) -> bytes:
+        """The prompt, in front of its choice."""
+        text = self._prompt_text(event)
+        self._offsets[event.choice] = len(text)
+        logprobs = self._prompt_logprobs(event) if self._head.with_logprobs else None
+        return self._chunks.chunk(
+            f'{{"index": {event.choice}, "text": {json.dumps(text)}, '
+            f'"logprobs": {json.dumps(logprobs)}, "finish_reason": null}}',
+            0,
+        )
+
     def choice_end(self, event: ChoiceEnd) -> bytes:
         return self._chunks.chunk(
             f'{{"index": {event.choice}, "text": "", "logprobs": null, "finish_reason": "{event.reason}"}}',
@@ -275,16 +313,48 @@ class CompletionDialect(_Stream):
             "object": "text_completion",
             "created": self._head.created,
             "model": self._head.model,
-            "choices": [
-                {
-                    "index": choice.index,
-                    "text": choice.text,
-                    "logprobs": self._logprobs(choice.pieces, 0) if self._head.with_logprobs else None,
-                    "finish_reason": choice.reason,
-                }
-                for choice in choices
-            ],
+            "system_fingerprint": self._head.system_fingerprint,
+            "choices": [self._choice(choice) for choice in choices],
             "usage": usage_object(usage),
+        }
+
+    def _choice(self, choice: Answered) -> dict[str, Any]:
+        before = "" if choice.echoed is None else self._prompt_text(choice.echoed)
+        logprobs: dict[str, Any] | None = None
+        if self._head.with_logprobs:
+            logprobs = self._logprobs(choice.pieces, len(before))
+            if choice.echoed is not None:
+                prompt = self._prompt_logprobs(choice.echoed)
+                logprobs = {name: prompt[name] + values for name, values in logprobs.items()}
+        return {
+            "index": choice.index,
+            "text": before + choice.text,
+            "logprobs": logprobs,
+            "finish_reason": choice.reason,
+        }
+
+    def _prompt_text(self, event: Echoed) -> str:
+        decoder = self._tokenizer.decoder()
+        return "".join([*(decoder.push(token_id) for token_id in event.prompt), decoder.flush()])
+
+    def _prompt_logprobs(self, event: Echoed) -> dict[str, Any]:
+        """The prompt's tokens: null where there is no log probability, as for the first."""
+        decoder = self._tokenizer.decoder()
+        scored = {token.index: token for token in event.scored}
+        offsets: list[int] = []
+        offset = 0
+        for token_id in event.prompt:
+            offsets.append(offset)
+            offset += len(decoder.push(token_id))
+        tokens = [scored.get(index) for index in range(len(event.prompt))]
+        return {
+            "tokens": [self._name(token_id) for token_id in event.prompt],
+            "token_logprobs": [None if token is None else _finite(token.logprob) for token in tokens],
+            "top_logprobs": [
+                None if token is None else {self._name(token_id): _finite(logprob) for token_id, logprob in token.top}
+                for token in tokens
+            ],
+            "text_offset": offsets,
         }
 
     def _logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any]:

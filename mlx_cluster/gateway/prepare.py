@@ -43,7 +43,7 @@ class Prepared:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.sequences[0].prompt)
+        return sum(len(sequence.prompt) for sequence in self.sequences[:: self.ask.num_drawn])
 
 
 def random_seed() -> int:
@@ -58,27 +58,36 @@ async def prepare(
     model = catalogue.serving(ask.model)
     engine = catalogue.engine_for(model)  # first: a model that is not ready needs no tokenizing
     tokenizer = await catalogue.tokenizer(model)
-    prompt, opened = await _prompt_ids(ask, tokenizer, catalogue)
+    prompts, opened = await _prompt_ids(ask, tokenizer, catalogue)
     shape = _shape(ask, tokenizer, opened)
     bound = await _grammar(ask, tokenizer, shape, catalogue)
     for token_id, _ in ask.sampling.logit_bias:
         _check_id(token_id, tokenizer, "logit_bias")
     sampling = ask.sampling if ask.seed_given else replace(ask.sampling, seed=draw_seed())
+    logprobs = sampling.top_logprobs
+    if ask.num_drawn > ask.num_choices and logprobs is None:
+        sampling = replace(sampling, top_logprobs=0)  # the best are chosen by them
     shared = SequenceRequest(
         request_id=request_id,
         model=model.id,
-        prompt=prompt,
-        max_tokens=_max_tokens(ask, model, len(prompt)),
+        prompt=(),
+        max_tokens=0,
         sampling=sampling,
         stop_token_ids=frozenset() if ask.ignore_eos else tokenizer.eos_token_ids,
         grammar=bound,
+        prompt_logprobs=logprobs if ask.echo else None,
         tenant=ask.caller.tenant,
         priority=priority,
         queue_seconds=ask.caller.queue_seconds,
         speculate=ask.speculate,
         repeatable=ask.seed_given or ask.sampling.temperature == 0,
     )
-    sequences = tuple(replace(shared, choice=choice) for choice in range(ask.num_choices))
+    each = [replace(shared, prompt=ids, max_tokens=_max_tokens(ask, model, len(ids))) for ids in prompts]
+    sequences = tuple(
+        replace(sequence, choice=at * ask.num_drawn + choice)
+        for at, sequence in enumerate(each)
+        for choice in range(ask.num_drawn)
+    )
     return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences, shape=shape)
 
 
@@ -90,28 +99,40 @@ async def count_prompt(ask: Ask, catalogue: Catalogue) -> int:
 async def prompt_ids(ask: Ask, catalogue: Catalogue) -> tuple[int, ...]:
     """The ids that the model would be given. Raises as ``prepare`` does, but needs no engine."""
     tokenizer = await catalogue.tokenizer(catalogue.find(ask.model))
-    prompt, _ = await _prompt_ids(ask, tokenizer, catalogue)
-    return prompt
+    prompts, _ = await _prompt_ids(ask, tokenizer, catalogue)
+    return prompts[0]
 
 
-async def _prompt_ids(ask: Ask, tokenizer: Tokenizer, catalogue: Catalogue) -> tuple[tuple[int, ...], bool]:
-    """The prompt's ids, and whether it ends inside the model's reasoning."""
-    opened = False
-    if ask.token_ids is not None:
-        _check_id(max(ask.token_ids), tokenizer, ask.prompt_field)
-        return ask.token_ids, opened
+async def _prompt_ids(ask: Ask, tokenizer: Tokenizer, catalogue: Catalogue) -> tuple[list[tuple[int, ...]], bool]:
+    """The ids of each prompt, and whether a conversation ends inside the model's reasoning."""
     if ask.messages is not None:
         ids, opened = await catalogue.off_loop(_render, ask, ask.messages, tokenizer)
-    elif ask.text is not None and len(ask.text) > SHORT_TEXT_CHARACTERS:
-        ids = await catalogue.off_loop(tokenizer.encode, ask.text)
+        found = [ids]
     else:
-        ids = tokenizer.encode(ask.text or "")
-        await asyncio.sleep(0)
-    if not ids:
+        opened = False
+        length = sum(len(prompt) for prompt in ask.prompts if isinstance(prompt, str))
+        if length > SHORT_TEXT_CHARACTERS:
+            found = await catalogue.off_loop(_encode_prompts, ask, tokenizer)
+        else:
+            found = _encode_prompts(ask, tokenizer)
+            await asyncio.sleep(0)
+    if not all(found):
         raise InvalidRequest(
             f"{ask.prompt_field} gives no token at all: send some text", param=ask.prompt_field, code="invalid_value"
         )
-    return ids, opened
+    return found, opened
+
+
+def _encode_prompts(ask: Ask, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for prompt in ask.prompts:
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt, add_special_tokens=ask.suffix is None)
+        else:
+            _check_id(max(prompt), tokenizer, ask.prompt_field)
+            ids = prompt
+        found.append(ids if ask.suffix is None else tokenizer.fill_in(ids, ask.suffix))
+    return found
 
 
 def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], bool]:

@@ -20,6 +20,7 @@ from mlx_cluster.gateway.ask import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
+    MAX_SEQUENCES,
     MAX_STOP_LENGTH,
     MAX_STOPS,
     MAX_TOP_LOGPROBS,
@@ -226,43 +227,73 @@ class ChatBody(SamplingBody):
 
 class CompletionBody(SamplingBody):
     prompt: Any
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool = False
+    suffix: str | None = None
 
     def to_ask(self) -> Ask:
-        text, token_ids = _single_prompt(self.prompt)
+        prompts = _prompts(self.prompt)
+        self._check(len(prompts))
         grammar, grammar_field = grammar_of(self)
         return Ask(
             **self.common(),
             sampling=self.sampling(self.logprobs),
-            text=text,
-            token_ids=token_ids,
-            max_tokens=self.max_tokens if self.max_tokens is not None else COMPLETION_DEFAULT_MAX_TOKENS,
+            prompts=prompts,
+            suffix=self.suffix or None,
+            echo=self.echo,
+            echo_only=self.max_tokens == 0,
+            best_of=self.best_of,
+            # An engine always draws one token more than it computes; the one of an echo alone is not shown.
+            max_tokens=max(self.max_tokens, 1) if self.max_tokens is not None else COMPLETION_DEFAULT_MAX_TOKENS,
             prompt_field="prompt",
             grammar=grammar,
             grammar_field=grammar_field,
         )
 
-
-def _single_prompt(prompt: Any) -> tuple[str | None, tuple[int, ...] | None]:
-    """The one prompt of a completion: its text, or its token ids. A batch of one is unwrapped."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > 1:
-            raise InvalidRequest(
-                f"prompt is a batch of {len(prompt)}: send one request for each, they are served together",
-                param="prompt",
-                code="unsupported_value",
+    def _check(self, num_prompts: int) -> None:
+        """What no single field can tell."""
+        best_of = self.best_of if self.best_of is not None else self.n
+        if best_of < self.n:
+            raise _conflict(f"best_of is {best_of}, n is {self.n}: of so few not so many can be the best", "best_of")
+        if best_of > self.n and self.stream:
+            raise _conflict(
+                "best_of above n cannot be streamed: the best is known at the end; leave one out", "best_of"
             )
-        prompt = prompt[0]
+        if num_prompts * best_of > MAX_SEQUENCES:
+            raise _conflict(
+                f"{num_prompts} prompts with {best_of} choices each are more than {MAX_SEQUENCES}: send fewer",
+                "prompt",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise _conflict("max_tokens is 0: it must be at least 1 where the prompt is not echoed", "max_tokens")
+        if self.echo and self.suffix:
+            raise _conflict("echo and suffix exclude each other: leave one out", "suffix")
+
+
+def _conflict(message: str, param: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="invalid_value")
+
+
+def _prompts(prompt: Any) -> tuple[str | tuple[int, ...], ...]:
+    """The prompts of a completion: one text, one list of token ids, or a list of either."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > MAX_SEQUENCES:
+            raise _conflict(f"prompt is a batch of {len(prompt)}: send at most {MAX_SEQUENCES}", "prompt")
+        return tuple(_single_prompt(one, f"prompt[{index}]") for index, one in enumerate(prompt))
+    return (_single_prompt(prompt, "prompt"),)
+
+
+def _single_prompt(prompt: Any, param: str) -> str | tuple[int, ...]:
     if prompt in ("", []):
-        raise InvalidRequest("prompt is empty: send at least one token", param="prompt", code="invalid_value")
+        raise _conflict(f"{param} is empty: send at least one token", param)
     if isinstance(prompt, str):
-        return prompt, None
+        return prompt
     if isinstance(prompt, list) and all(type(value) is int and value >= 0 for value in prompt):
-        return None, tuple(prompt)
-    raise InvalidRequest(
-        f"prompt is {_shown(prompt)}: it should be a string or a list of token ids (integers from 0)",
-        param="prompt",
-        code="invalid_value",
+        return tuple(prompt)
+    raise _conflict(
+        f"{param} is {_shown(prompt)}: it should be a string or a list of token ids (integers from 0)", param
     )
 
 
@@ -273,10 +304,7 @@ def parse_chat(raw: bytes) -> Ask:
 
 def parse_completion(raw: bytes) -> Ask:
     """The body of POST /v1/completions. Raises ``InvalidRequest``."""
-    values = json_object(raw)
-    if values.get("best_of") is not None and values["best_of"] == (values.get("n") or 1):
-        values = {name: value for name, value in values.items() if name != "best_of"}
-    return validated(CompletionBody, fields.honoured(values, fields.COMPLETION)).to_ask()
+    return validated(CompletionBody, fields.honoured(json_object(raw), fields.COMPLETION)).to_ask()
 
 
 def json_object(raw: bytes) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from typing import Literal
 from mlx_cluster import log
 from mlx_cluster.errors import ClusterError, DeadlineExceeded, Unavailable
 from mlx_cluster.gateway.choice import Choice, Piece
+from mlx_cluster.gateway.echo import Echoed, Echoes
 from mlx_cluster.gateway.parts import Marked, Part
 from mlx_cluster.gateway.prepare import Prepared
 from mlx_cluster.gateway.splitter import Splitter
 from mlx_cluster.metrics import GatewayMetrics
-from mlx_cluster.request import Admitted, Event, Finished, SequenceRequest, Token
+from mlx_cluster.request import Admitted, Event, Finished, Scored, SequenceRequest, Token
 
 _log = log.get("gateway")
 
@@ -65,7 +66,7 @@ class Waiting:
     """Nothing came for ``keepalive_seconds``: a stream should show that it is alive."""
 
 
-SessionEvent = Delta | PartDelta | ChoiceEnd | Waiting
+SessionEvent = Echoed | Delta | PartDelta | ChoiceEnd | Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +118,11 @@ class Session:
         self._splitters = [
             None if prepared.shape.plain else Splitter(prepared.shape, _call_id) for _ in prepared.sequences
         ]
+        self._echoes = Echoes([sequence.prompt for sequence in prepared.sequences] if prepared.ask.echo else ())
         self._completion_tokens = 0
         self._reasoning_tokens = 0
         self._cached_tokens = 0
+        self._cached: dict[int, int] = {}  # of the first choice of each prompt
         self.first_token_seconds: float | None = None
 
     @property
@@ -187,7 +190,14 @@ class Session:
             return  # what was still on its way when a stop string ended the choice
         choice = self._choices[index]
         match item:
+            case Scored(tokens):
+                self._echoes.note(index, tokens)
+            case Token() if self._prepared.ask.echo_only:
+                batch += self._echoes.take(index)
+                self._pumps[index].cancel()
+                self._end(index, "length", batch)
             case Token():
+                batch += self._echoes.take(index)
                 pieces = choice.push(item)
                 self._count_token()
                 thought = self._thinking(index)
@@ -207,8 +217,9 @@ class Session:
 
     def _note_cached(self, index: int, cached_tokens: int) -> None:
         """Expected at admission, known at the end. Choices share a prompt: the first one's hit is what it saved."""
-        if index == 0:
-            self._cached_tokens = cached_tokens
+        if index % self._prepared.ask.num_drawn == 0:
+            self._cached[index] = cached_tokens
+            self._cached_tokens = sum(self._cached.values())
 
     def _thinking(self, index: int) -> bool:
         splitter = self._splitters[index]

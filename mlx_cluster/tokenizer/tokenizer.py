@@ -23,6 +23,7 @@ from mlx_cluster.tokenizer.decode import (
     WindowDecoder,
     byte_alphabet,
 )
+from mlx_cluster.tokenizer.fim import FimTokens, find_fim
 from mlx_cluster.tokenizer.reasoning import Markers, find_markers
 from mlx_cluster.tokenizer.tools import ToolFormat, find_format
 
@@ -41,6 +42,7 @@ class Tokenizer:
         template = _template_text(inner.chat_template)
         vocabulary = inner.get_vocab()
         self.reasoning: Markers | None = find_markers(template, vocabulary)
+        self.fim: FimTokens | None = find_fim(vocabulary)
         self.tool_format: ToolFormat | None = find_format(template, vocabulary)
         self.template_names: frozenset[str] = frozenset(re.findall(r"[A-Za-z_]\w*", template))
         self._alphabet = byte_alphabet() if _is_byte_level(self._backend) else None
@@ -55,6 +57,20 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of plain text, with the special tokens that the tokenizer puts around it (such as BOS)."""
         return tuple(self._inner.encode(text, add_special_tokens=add_special_tokens))
+
+    def fill_in(self, prefix: Sequence[int], suffix: str) -> tuple[int, ...]:
+        """The prompt that asks for what belongs between the ids of ``prefix`` and ``suffix``.
+
+        Raises ``InvalidRequest`` when the model has no tokens for it.
+        """
+        if self.fim is None:
+            raise InvalidRequest(
+                "suffix: this model has no tokens to fill in the middle; leave the field out, or ask a code model",
+                param="suffix",
+                code="unsupported_parameter",
+            )
+        before, between, after = self._inner.convert_tokens_to_ids([self.fim.before, self.fim.between, self.fim.after])
+        return (before, *prefix, between, *self.encode(suffix, add_special_tokens=False), after)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_values: Any) -> tuple[int, ...]:
         """Token ids of a conversation, ready for the assistant's answer. See ``chat_text``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from mlx_cluster.config.schema import ApiGatewaySection
 from mlx_cluster.gateway.app import NodeInfo, create_app
 from mlx_cluster.gateway.server import GatewayServer
 from mlx_cluster.metrics import Metrics
+from mlx_cluster.request import SequenceRequest
 from mlx_cluster.tokenizer import Tokenizer, load
 from tests.fake_engine import Script, ScriptedEngine, ScriptedRoutes, served_model, write_byte_level_tokenizer
 
@@ -33,7 +34,9 @@ class World:
     http: httpx.AsyncClient
     app: FastAPI
 
-    def engine(self, script: Script | None = None, *, text: str = "") -> ScriptedEngine:
+    def engine(
+        self, script: Script | Callable[[SequenceRequest], Script] | None = None, *, text: str = ""
+    ) -> ScriptedEngine:
         """Put a fresh engine behind the model "tiny"; ``text`` is what it says, followed by the end token."""
         if script is None:
             script = Script(tokens=[*self.tokenizer.encode(text), *self.tokenizer.eos_token_ids])

@@ -299,3 +299,19 @@ async def test_metrics_count_what_was_served(world: World) -> None:
     assert world.metric("requests_total", route="/v1/chat/completions", status="200") == answered + 1
     assert world.metric("ttft_seconds_count", model="tiny") == first_tokens + 1
     assert world.metric("in_flight") == 0
+
+
+async def test_a_seed_comes_with_the_fingerprint_of_what_it_holds_for(world: World) -> None:
+    prints = set()
+    for _ in range(2):
+        world.engine(text="x")
+        answer = await world.sdk.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], seed=3
+        )
+        prints.add(answer.system_fingerprint)
+    world.engine(text="x")
+    stream = await world.sdk.completions.create(model="tiny", prompt="hi", seed=3, stream=True)
+    prints |= {chunk.system_fingerprint async for chunk in stream}
+    (fingerprint,) = prints
+    assert fingerprint
+    assert fingerprint.startswith("fp_")

@@ -64,11 +64,21 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], param:
     assert param in str(error)
 
 
-@pytest.mark.parametrize("change", [{"suffix": "x"}, {"echo": True}, {"best_of": 3}, {"n": 2, "best_of": 3}])
-def test_what_completions_do_not_support_is_refused_by_name(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
+        ({"best_of": 17}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"echo": True, "suffix": "x"}, "suffix"),
+        ({"prompt": ["a"] * 257}, "prompt"),
+        ({"prompt": ["a"] * 20, "n": 13}, "prompt"),
+    ],
+)
+def test_what_completions_cannot_do_is_refused_by_name(change: dict[str, Any], param: str) -> None:
     error = refusal_of({**COMPLETION, **change}, parse_completion)
-    assert error.param == list(change)[-1]
-    assert error.code == "unsupported_parameter"
+    assert (error.param, error.code) == (param, "invalid_value")
 
 
 @pytest.mark.parametrize(
@@ -160,11 +170,12 @@ def test_fields_that_contradict_each_other(change: dict[str, Any], complaint: st
 @pytest.mark.parametrize("prompt", ["", [], [[]], 5, {}, [1, -1], [1.5], [True], [1, "a"]])
 def test_a_bad_prompt_is_named(prompt: Any) -> None:
     error = refusal_of({**COMPLETION, "prompt": prompt}, parse_completion)
-    assert error.param == "prompt"
+    assert (error.param or "").partition("[")[0] == "prompt"
 
 
-def test_a_batch_of_prompts_is_refused_by_name() -> None:
-    assert "batch of 2" in str(refusal_of({**COMPLETION, "prompt": ["a", "b"]}, parse_completion))
+def test_the_prompts_of_a_batch_are_named_by_their_place() -> None:
+    assert refusal_of({**COMPLETION, "prompt": ["a", [1, -1]]}, parse_completion).param == "prompt[1]"
+    assert parse_completion(json.dumps({**COMPLETION, "prompt": ["a", [1, 2]]}).encode()).prompts == ("a", (1, 2))
 
 
 @pytest.mark.parametrize(
