@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_cluster.config.names import did_you_mean, find_node, manual_stages, node_name
-from mlx_cluster.config.schema import ModelEntry, Settings
+from mlx_cluster.config.schema import ModelEntry, SchedulerSection, Settings
 from mlx_cluster.errors import ConfigError, PlanError
 from mlx_cluster.plan import check_cover
 
@@ -27,6 +27,7 @@ def check(settings: Settings, place_of: PlaceOf) -> None:
             raise _error(f"{ref!r} and {named[node_id]!r} are the same node: join them", ("nodes", ref), place_of)
         named[node_id] = ref
     _check_keys(settings, place_of)
+    _check_chunks(settings.scheduler, ("scheduler",), place_of)
     names: dict[str, str] = {}
     for model_id, model in settings.models.items():
         _check_model(settings, model_id, model, place_of)
@@ -52,6 +53,16 @@ def _check_nodes(settings: Settings, place_of: PlaceOf) -> None:
             raise _error(f"ports {list(entry.ports)} repeat a port: each has its own use", (*at, "ports"), place_of)
         ids.add(entry.node_id)
         names.add(node_name(entry))
+
+
+def _check_chunks(scheduler: SchedulerSection, at: Path, place_of: PlaceOf) -> None:
+    if "min_chunk" in scheduler.model_fields_set and scheduler.min_chunk > scheduler.prefill_chunk:
+        raise _error(
+            f"min_chunk is {scheduler.min_chunk}, but the longest chunk (prefill_chunk) is {scheduler.prefill_chunk}: "
+            "lower the one or raise the other",
+            (*at, "min_chunk"),
+            place_of,
+        )
 
 
 def _check_keys(settings: Settings, place_of: PlaceOf) -> None:
@@ -99,15 +110,8 @@ def _check_model(settings: Settings, model_id: str, model: ModelEntry, place_of:
     _check_replicas_and_fallback(settings, model_id, model, place_of)
     if model.split is not None and model.sharding:
         raise _error(f"models.{model_id} has both 'split' and 'sharding': keep one", (*at, "split"), place_of)
-    batching = model.batching
-    longest = batching.prefill_chunk or settings.scheduler.prefill_chunk
-    if batching.min_chunk is not None and batching.min_chunk > longest:
-        raise _error(
-            f"min_chunk is {batching.min_chunk}, but the longest chunk (prefill_chunk) is {longest}: lower one or "
-            "raise the other",
-            (*at, "batching", "min_chunk"),
-            place_of,
-        )
+    if model.batching.min_chunk is not None or model.batching.prefill_chunk is not None:
+        _check_chunks(model.batching.over(settings.scheduler), (*at, "batching"), place_of)
     owners: dict[int, str] = {}
     for ref, shard in model.sharding.items():
         here = (*at, "sharding", ref)

@@ -181,7 +181,9 @@ class SchedulerSection(Section):
     prefill_chunk: Annotated[int, Field(ge=1, le=8192)] = 256  # tokens of a chunk at most
     # What the time between two tokens of a stream may come to while another request's prompt is computed beside it.
     itl_budget_ms: Annotated[float, Field(gt=0)] = 200.0
+    min_chunk: Annotated[int, Field(ge=1, le=8192)] = 32  # tokens; none is cut shorter: it reads all weights
     max_prompts: Annotated[int, Field(ge=1, le=256)] = 16  # short prompts that may share a chunk
+    max_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0  # how long a lone short prompt waits for such company
     max_groups: Annotated[int, Field(ge=1, le=64)] | None = None  # default: two per stage
     ageing_seconds: Annotated[float, Field(gt=0)] = 15.0  # a priority that is not served counts one higher each time
     share_identical: bool = False  # identical greedy requests of one key that run at once are computed once
@@ -227,10 +229,17 @@ class BatchingSection(Section):
     """How one model's pipeline batches, where it should differ from ``scheduler``."""
 
     max_batch: Annotated[int, Field(ge=1, le=1024)] | None = None  # sequences decoding at once: scheduler.max_rows
-    max_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 0.0  # how long a lone first prompt waits for company
+    max_wait_ms: Annotated[float, Field(ge=0, le=10_000)] | None = None  # a lone short prompt's wait for company
     prefill_chunk: Annotated[int, Field(ge=1, le=8192)] | None = None  # the longest chunk of a prompt, in tokens
     min_chunk: Annotated[int, Field(ge=1, le=8192)] | None = None  # the shortest that a prompt is cut into
     max_prompts: Annotated[int, Field(ge=1, le=256)] | None = None  # short prompts that may share a chunk
+
+    def over(self, scheduler: SchedulerSection) -> SchedulerSection:
+        """The scheduler's settings of this model's pipelines."""
+        own = self.model_dump(exclude_none=True)
+        if "max_batch" in own:
+            own["max_rows"] = own.pop("max_batch")
+        return scheduler.model_copy(update=own)
 
 
 class ModelEntry(Section):

@@ -112,6 +112,8 @@ class PipelineEngine:
                 step_seconds=self._fill.step_seconds,
                 chunk_times=self._chunk_times,
                 itl_budget_seconds=settings.itl_budget_ms / 1000,
+                min_chunk=settings.min_chunk,
+                max_wait_seconds=settings.max_wait_ms / 1000,
             ),
             PrefixIndex(prefix) if prefix is not None else None,
             Speculation(drafts, self._block_costs) if drafts is not None else None,
@@ -122,6 +124,7 @@ class PipelineEngine:
         self._error: ClusterError | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._rehearsal: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
         self._num_tokens = self._num_fallbacks = 0
         self._busy_seconds = [0.0] * plan.num_stages
         self._steps = [_Steps() for _ in range(plan.num_stages)]
@@ -269,6 +272,21 @@ class PipelineEngine:
             for stream in self._streams:
                 stream.put(header)
         self._apply(self._scheduler.take_effects())
+        self._wake_at(self._scheduler.wakes_at)
+
+    def _wake_at(self, at: float | None) -> None:
+        """Pump again at that time, unless something does before."""
+        if self._error is not None:
+            at = None
+        if self._alarm is not None and self._alarm.when() != at:
+            self._alarm.cancel()
+            self._alarm = None
+        if self._alarm is None and at is not None:
+            self._alarm = asyncio.get_running_loop().call_at(at, self._woken)
+
+    def _woken(self) -> None:
+        self._alarm = None
+        self._pump()
 
     def _travels_with_others(self) -> None:
         for trip in self._trips.values():
@@ -350,6 +368,7 @@ class PipelineEngine:
         for client in self._clients.values():
             client.events.put_nowait(error)
         self._clients.clear()
+        self._wake_at(None)
         self.lost.set()
 
     async def _watch(self) -> None:
@@ -364,7 +383,6 @@ class PipelineEngine:
                     return
                 stream.tick()
             self._check_reports(now)
-            self._pump()  # whoever waits for a row loses patience also while nothing else happens
             if self._scheduler.idle:
                 self._scheduler.audit()
 

@@ -60,6 +60,7 @@ class Scheduler:
         self._next_sequence = 0
         self._next_row = 0
         self._next_microbatch = 0
+        self._company_until: float | None = None  # until when a lone prompt is held back
         self._granted = 0  # credits when the last microbatch left; groups that end later shrink ``credits``
 
     # -- from the engine --------------------------------------------------------------------------
@@ -69,7 +70,7 @@ class Scheduler:
 
         Resumed work (``emitted``) goes before new work and past the bound: it was admitted once already.
         """
-        sequence = SequenceState(self._next_sequence, request, request.prompt + request.emitted)
+        sequence = SequenceState(self._next_sequence, request, request.prompt + request.emitted, arrived_at=now)
         sequence.may_reuse = not request.reads_prompt
         evicted = self._waiting.push(sequence, now, room=max(0, self._free_rows()))
         self._next_sequence += 1
@@ -189,7 +190,7 @@ class Scheduler:
             return None
         self._admit(now)
         self._book.plan_stores(now)
-        if self._prefill.is_due(self._groups.steps_per_cycle):
+        if self._prefill.is_due(self._groups.steps_per_cycle) and not self._awaits_company(now):
             return self._chunk(now)
         group = self._groups.next_step()
         if group is not None:
@@ -211,6 +212,12 @@ class Scheduler:
     @property
     def credits(self) -> int:
         return max(self.policy.num_stages, len(self._groups)) + 2
+
+    @property
+    def wakes_at(self) -> float | None:
+        """When ``next`` should be asked again even though nothing happened; may be too early, never too late."""
+        times = [at for at in (self._company_until, self._waiting.next_expiry) if at is not None]
+        return min(times, default=None)
 
     @property
     def num_decoding(self) -> int:
@@ -265,6 +272,18 @@ class Scheduler:
             self._give_row(sequence)
             self._prefill.add(sequence)
             self._effects.append(Started(sequence.id, self._book.num_reusable(sequence, now)))
+
+    def _awaits_company(self, now: float) -> bool:
+        """Whether a prompt that could share its microbatch, and has nobody to share it with yet, is held back."""
+        self._company_until = None
+        if not self.policy.max_wait_seconds or self.policy.max_prompts == 1 or len(self._prefill) != 1:
+            return False
+        lone = next(iter(self._prefill))
+        until = lone.arrived_at + self.policy.max_wait_seconds
+        if lone.prefilled or lone.request.emitted or 2 * len(lone.tokens) > self.policy.prefill_chunk or now >= until:
+            return False
+        self._company_until = until
+        return True
 
     def _give_row(self, sequence: SequenceState) -> None:
         sequence.row = self._next_row

@@ -27,7 +27,8 @@ class Policy:
     ``step_seconds`` predicts a decode step of so many rows, None until measured; ``chunk_times`` prefill chunks.
     ``max_prompts`` is how many short prompts may share a microbatch; ``itl_budget_seconds`` what the time between two
     tokens of a stream may come to while a prompt is computed. ``shares`` and ``ageing_seconds`` are about who waits
-    (see ``engine.waiting``).
+    (see ``engine.waiting``). A lone short prompt is held back for ``max_wait_seconds``, so that others may share its
+    microbatch.
     """
 
     num_stages: int
@@ -42,6 +43,7 @@ class Policy:
     chunk_times: ChunkTimes | None = None
     itl_budget_seconds: float = 0.2
     min_chunk: int = MIN_CHUNK
+    max_wait_seconds: float = 0.0
 
 
 # -- what the scheduler tells the engine ---------------------------------------------------------
@@ -96,6 +98,7 @@ class SequenceState:
     request: SequenceRequest
     tokens: tuple[int, ...]  # what prefill must compute: prompt and already emitted ids
     row: int = -1
+    arrived_at: float = 0.0
     prefilled: int = 0
     emitted: list[int] = field(default_factory=list)  # new ones; those of the request are part of ``tokens``
     entry: int | None = None  # the prefix entry that it started from

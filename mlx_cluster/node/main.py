@@ -128,7 +128,7 @@ def engine_maker(settings: Settings, models: LocalModels, state_dir: Path) -> En
             plan,
             epoch,
             stage_addresses,
-            settings.scheduler,
+            settings.models[plan.model.id].batching.over(settings.scheduler),
             max_context=local.facts.max_context,
             report_deadline_seconds=settings.runtime.hang_timeout,
             prefix=prefix_limits(settings.runtime.prefix_cache, row_costs),

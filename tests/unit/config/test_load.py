@@ -298,6 +298,11 @@ def test_a_secret_file_that_is_missing_is_named() -> None:
         ("m: {split: 10/9/9, replicas: 2}", "a manual split and 2 replicas"),
         ("m: {fallback_model: n}", "fallback_model 'n' of models.m is not another model"),
         ("m: {fallback_model: m}", "is not another model"),
+        ("m: {batching: {min_chunk: 300}}", "min_chunk is 300, but the longest chunk (prefill_chunk) is 256"),
+        ("m: {batching: {min_chunk: 64, prefill_chunk: 32}}", "min_chunk is 64, but the longest"),
+        ("m: {batching: {max_batch: 0}}", "max_batch"),
+        ("m: {batching: {max_wait_ms: 20000}}", "max_wait_ms"),
+        ("m: {batching: {max_rows: 3}}", "max_rows"),
         ("m: {fallback_model: k}\n  k: {fallback_model: m}", "has a fallback itself"),
     ],
 )
@@ -339,3 +344,31 @@ def test_leaves_do_not_divide_lists(tmp_path: Path) -> None:
     paths = [path for path, _ in leaves(tree, Settings)]
     assert ("cluster", "nodes") in paths
     assert len(paths) == len(set(paths))
+
+
+def test_a_models_batching_is_over_the_schedulers(tmp_path: Path) -> None:
+    models = "models:\n  m: {batching: {max_batch: 3, max_wait_ms: 20, min_chunk: 8, prefill_chunk: 64}}\n  k: {}\n"
+    settings = load(directory(tmp_path, models=models)).settings
+    own = settings.models["m"].batching.over(settings.scheduler)
+    assert (own.max_rows, own.max_wait_ms, own.min_chunk, own.prefill_chunk) == (3, 20, 8, 64)
+    assert own.max_prompts == settings.scheduler.max_prompts
+    assert settings.models["k"].batching.over(settings.scheduler) == settings.scheduler
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("[{name: a, sha256: abc}]", "sha256"),
+        ("[{name: other, sha256: HASH}]", "is what metrics call every key that is not listed"),
+        ("[{name: a, sha256: HASH}, {name: a, sha256: BASE}]", "is taken"),
+        ("[{name: a, sha256: HASH}, {name: b, sha256: HASH}]", "'b' and 'a' are the same key"),
+        ("[{name: a, sha256: HASH, priority: 11}]", "priority"),
+        ("[{name: a, sha256: HASH, weight: 0}]", "weight"),
+        ("[{name: a b, sha256: HASH}]", "name"),
+        ("[{name: a, key: sk-secret}]", "key"),
+    ],
+)
+def test_keys_are_listed_by_hash_and_once(tmp_path: Path, keys: str, words: str) -> None:
+    keys = keys.replace("HASH", "ab" * 32).replace("BASE", "ba" * 32)
+    cluster = f"cluster:\n  nodes:\n    - {{host: a, node_id: 0}}\napi_gateway:\n  keys: {keys}\n"
+    assert words in str(refusal(tmp_path, cluster=cluster))

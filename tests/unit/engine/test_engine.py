@@ -13,7 +13,7 @@ from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
 from mlx_cluster.engine.engine import PipelineEngine
 from mlx_cluster.engine.remote import EngineService, RemoteEngine
-from mlx_cluster.errors import ContextLengthExceeded, RowFailed, StageLost, StageStartError, Unavailable
+from mlx_cluster.errors import ContextLengthExceeded, QueueTimeout, RowFailed, StageLost, StageStartError, Unavailable
 from mlx_cluster.microbatch import Kind
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
 from mlx_cluster.request import Admitted, Event, Finished, Sampling, SequenceRequest, Token
@@ -48,9 +48,9 @@ async def engine(stages: list[FakeStage]) -> AsyncIterator[PipelineEngine]:
     await engine.stop()
 
 
-def make_engine(stages: list[FakeStage], deadline: float = 30.0) -> PipelineEngine:
+def make_engine(stages: list[FakeStage], deadline: float = 30.0, max_wait_ms: float = 0.0) -> PipelineEngine:
     addresses = [stage.address for stage in stages]
-    settings = SchedulerSection(prefill_chunk=8, max_rows=4)
+    settings = SchedulerSection(prefill_chunk=8, max_rows=4, max_wait_ms=max_wait_ms)
     return PipelineEngine(PLAN, Epoch(1, 2), addresses, settings, max_context=100, report_deadline_seconds=deadline)
 
 
@@ -213,4 +213,26 @@ async def test_a_client_does_not_wait_for_a_measurement(stages: list[FakeStage])
     for stage in stages:
         stage.go_on.set()
     assert [type(e) for e in await task][-1] is Finished
+    await engine.stop()
+
+
+async def test_who_waits_too_long_for_a_row_hears_it_while_nothing_else_happens(stages: list[FakeStage]) -> None:
+    engine = make_engine(stages)
+    await engine.start(10)
+    for stage in stages:
+        stage.go_on.clear()
+    running = [asyncio.create_task(collect(engine, request())) for _ in range(4)]
+    await until(lambda: engine.statistics()["rows"] == 4)
+    with pytest.raises(QueueTimeout, match=r"within 0\.1 s"):
+        await collect(engine, request(queue_seconds=0.1))
+    for stage in stages:
+        stage.go_on.set()
+    assert [len(events) for events in await asyncio.gather(*running)] == [7] * 4
+    await engine.stop()
+
+
+async def test_a_lone_prompt_goes_when_its_wait_for_company_is_over(stages: list[FakeStage]) -> None:
+    engine = make_engine(stages, max_wait_ms=30)
+    await engine.start(10)
+    assert len(await collect(engine, request())) == 7
     await engine.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,3 +117,52 @@ def test_everybody_who_was_taken_ends_exactly_once(
     assert sorted(ended) == sorted(taken)
     assert p.scheduler.idle
     p.scheduler.audit()
+
+
+# -- company for a lone prompt ------------------------------------------------------------------------
+
+
+def batching(wait: float, chunk: int = 16, prompts: int = 8) -> Scheduler:
+    return Scheduler(Policy(2, 8, 100, chunk, lambda b: min(b, 2), prompts, max_wait_seconds=wait))
+
+
+def test_a_lone_short_prompt_waits_for_company_and_goes_with_it() -> None:
+    s = batching(wait=0.05)
+    s.submit(request(), 10.0)
+    assert s.next(10.0) is None
+    assert s.wakes_at == pytest.approx(10.05)
+    s.submit(request(), 10.02)
+    microbatch = s.next(10.02)
+    assert microbatch is not None
+    assert len(microbatch.rows) == 2
+    assert s.wakes_at is None
+
+
+def test_a_lone_short_prompt_goes_alone_when_nobody_came() -> None:
+    s = batching(wait=0.05)
+    s.submit(request(), 10.0)
+    assert s.next(10.049) is None
+    microbatch = s.next(10.05)
+    assert microbatch is not None
+    assert len(microbatch.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("wait", "prompt", "prompts", "emitted"),
+    [(0.0, 3, 8, ()), (0.05, 9, 8, ()), (0.05, 3, 1, ()), (0.05, 3, 8, (4,))],
+    ids=["no wait is set", "too long to share", "none may share", "resumed"],
+)
+def test_nobody_waits_for_company_in_vain(wait: float, prompt: int, prompts: int, emitted: tuple[int, ...]) -> None:
+    s = batching(wait, prompts=prompts)
+    s.submit(SequenceRequest("r", "m", tuple(range(1, prompt + 1)), 4, Sampling(), emitted=emitted), 10.0)
+    assert s.next(10.0) is not None
+
+
+def test_an_engine_is_told_when_patience_ends() -> None:
+    s = batching(wait=0.0)
+    for _ in range(8):
+        s.submit(request(), 1.0)
+    s.submit(request(patience=5.0), 2.0)
+    assert s.wakes_at == 7.0
+    s.expire(7.0)
+    assert s.wakes_at is None
