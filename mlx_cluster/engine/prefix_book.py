@@ -92,6 +92,10 @@ class PrefixBook:
         self._evict += [entry for entry in entries if self._index is not None and self._index.forget(entry)]
         sequence.kept = []
 
+    def leave(self, sequence: SequenceState) -> None:
+        """Its row goes before its time: what was to be kept of it and has no order yet is not kept."""
+        self._keep = [item for item in self._keep if item[0] is not sequence]
+
     def plan_stores(self, now: float) -> None:
         """Name what is to be kept, and what has to go for it."""
         if self._index is None:

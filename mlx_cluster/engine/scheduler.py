@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlx_cluster.engine.groups import Groups
+from mlx_cluster.engine.memory import Charge, KvBook, padded
 from mlx_cluster.engine.prefill import Prefill
 from mlx_cluster.engine.prefix import PrefixIndex
 from mlx_cluster.engine.prefix_book import PrefixBook
@@ -32,7 +33,7 @@ from mlx_cluster.engine.sequence import (
 )
 from mlx_cluster.engine.speculation import Speculation
 from mlx_cluster.engine.waiting import WaitingQueue
-from mlx_cluster.errors import QueueTimeout, RowFailed
+from mlx_cluster.errors import ContextLengthExceeded, QueueTimeout, RowFailed
 from mlx_cluster.microbatch import FailedRow, Kind, Load, Microbatch, Report, RowSpec, Sampled, Saved, Trim
 from mlx_cluster.request import FinishReason, SequenceRequest, Token
 
@@ -48,7 +49,8 @@ class Scheduler:
         self._waiting: WaitingQueue[SequenceState] = WaitingQueue(
             policy.max_queue, policy.shares, ageing_seconds=policy.ageing_seconds
         )
-        self._groups = Groups(policy)
+        self._memory = KvBook(policy.memory)
+        self._groups = Groups(policy, self._memory)
         self._prefill = Prefill(policy, self._book, self._groups.pace)
         self._live: dict[int, SequenceState] = {}
         self._rows: dict[int, SequenceState] = {}
@@ -61,6 +63,7 @@ class Scheduler:
         self._next_row = 0
         self._next_microbatch = 0
         self._company_until: float | None = None  # until when a lone prompt is held back
+        self._num_preemptions = 0
         self._granted = 0  # credits when the last microbatch left; groups that end later shrink ``credits``
 
     # -- from the engine --------------------------------------------------------------------------
@@ -68,8 +71,10 @@ class Scheduler:
     def submit(self, request: SequenceRequest, now: float = 0.0) -> int:
         """Take a sequence; returns its id. Raises ``Overloaded`` when it may not wait (see ``engine.waiting``).
 
-        Resumed work (``emitted``) goes before new work and past the bound: it was admitted once already.
+        Resumed work (``emitted``) goes before new work and past the bound: it was admitted once already. What no stage
+        could hold even alone is refused with ``ContextLengthExceeded``.
         """
+        self._check_memory(request)
         sequence = SequenceState(self._next_sequence, request, request.prompt + request.emitted, arrived_at=now)
         sequence.may_reuse = not request.reads_prompt
         evicted = self._waiting.push(sequence, now, room=max(0, self._free_rows()))
@@ -192,7 +197,9 @@ class Scheduler:
         self._book.plan_stores(now)
         if self._prefill.is_due(self._groups.steps_per_cycle) and not self._awaits_company(now):
             return self._chunk(now)
-        group = self._groups.next_step()
+        group = self._groups.next_step(self._preempt_youngest)
+        while group is None and not self._in_flight and self._groups.num_rows and self._preempt_youngest():
+            group = self._groups.next_step(self._preempt_youngest)
         if group is not None:
             return self._step(group)
         if (self._release or self._book.has_orders) and not self._in_flight:
@@ -240,6 +247,8 @@ class Scheduler:
             "groups": len(self._groups),
             "rows": len(self._rows),
             "in_flight": len(self._in_flight),
+            "preemptions": self._num_preemptions,
+            **self._memory.statistics(),
             **self._book.statistics(),
             **(self._speculation.statistics() if self._speculation is not None else {}),
         }
@@ -267,11 +276,19 @@ class Scheduler:
         return self.policy.max_rows - len(self._rows)
 
     def _admit(self, now: float) -> None:
-        while self._waiting and self._free_rows() > 0:
-            sequence = self._waiting.pop(now)
+        while self._free_rows() > 0:
+            sequence = self._waiting.peek(now)
+            if sequence is None or not self._has_memory_for(sequence):
+                return
+            self._waiting.pop(now)
+            if not self._memory.fits_alone(len(sequence.tokens) + 1):
+                self._finish(sequence, "length")  # it had grown to all there is when it was preempted
+                continue
             self._give_row(sequence)
             self._prefill.add(sequence)
-            self._effects.append(Started(sequence.id, self._book.num_reusable(sequence, now)))
+            if not sequence.started:
+                sequence.started = True
+                self._effects.append(Started(sequence.id, self._book.num_reusable(sequence, now)))
 
     def _awaits_company(self, now: float) -> bool:
         """Whether a prompt that could share its microbatch, and has nobody to share it with yet, is held back."""
@@ -289,6 +306,58 @@ class Scheduler:
         sequence.row = self._next_row
         self._next_row += 1
         self._rows[sequence.row] = sequence
+        self._memory.admit(sequence.row, len(sequence.tokens))
+
+    # -- memory -----------------------------------------------------------------------------------------
+
+    def _check_memory(self, request: SequenceRequest) -> None:
+        positions = len(request.prompt) + len(request.emitted) + 1
+        if not self._memory.fits_alone(positions):
+            stage, needed, budget = self._memory.tightest(positions)
+            raise ContextLengthExceeded(
+                f"{positions - 1} tokens need {needed} bytes for keys and values on stage {stage}, which has {budget}: "
+                "shorten the prompt, or raise runtime.kv_budget there",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def _has_memory_for(self, sequence: SequenceState) -> bool:
+        """Whether its prompt fits, in a batch as well, with a block for every row to grow into.
+
+        Without that margin who was admitted last would be preempted at the next border, and admitted again.
+        """
+        if not self._memory.is_bounded or not self._rows:
+            return True
+        if self._groups.lacks_memory:
+            return False
+        length = padded(len(sequence.tokens) + 1)
+        rows = len(self._rows) + 1
+        share = -(-rows // max(1, self.policy.num_groups(rows)))
+        alike = 1 + sum(1 for row in self._rows.values() if 4 * padded(row.num_positions + 1) > 3 * length)
+        batch = min(share, alike)
+        growth = Charge(1, length + rows * padded(1))
+        return self._memory.fits_beside(growth, Charge(batch, batch * length) if batch > 1 else Charge())
+
+    def _preempt_youngest(self) -> bool:
+        """Make room: of the lowest priority the row that came last goes back to the head of the queue.
+
+        The last row of all is not preempted: it has grown to all the memory there is, and ends. False without rows.
+        """
+        if not self._rows:
+            return False
+        youngest = min(self._rows.values(), key=lambda s: (s.request.priority, -s.id))
+        if len(self._rows) == 1:
+            self._book.keep_conversation(youngest)
+            self._finish(youngest, "length")
+            return True
+        self._num_preemptions += 1
+        self._book.leave(youngest)
+        if self._speculation is not None:
+            self._speculation.forget(youngest)
+        self._detach(youngest)
+        youngest.preempt()
+        self._waiting.push_front(youngest)
+        return True
 
     # -- microbatches ---------------------------------------------------------------------------------
 
@@ -311,9 +380,12 @@ class Scheduler:
 
     def _step(self, group: Group) -> Microbatch:
         self._prefill.step_left()
+        self._memory.step(group.id, {s.row: s.num_positions + 1 for s in group.members})
         if self._speculation is not None and len(group.members) == 1:
             (sequence,) = group.members
             draft = self._speculation.draft(sequence, crowded=len(self._groups) > 1)
+            if self._memory.is_bounded:  # not into a block of the cache that nobody was asked for
+                draft = draft[: padded(sequence.num_positions + 1) - sequence.num_positions - 1]
             if draft:
                 block = (sequence.emitted[-1], *draft)
                 return self._dispatch(Kind.VERIFY, sequences=(sequence,), tokens=block, sample=True, group=group)
@@ -385,8 +457,11 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self._book.keep_conversation(sequence)
-            self._end(sequence)
-            self._effects.append(Ended(sequence.id, reason, sequence.num_emitted, sequence.cached))
+            self._finish(sequence, reason)
+
+    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
+        self._end(sequence)
+        self._effects.append(Ended(sequence.id, reason, sequence.num_emitted, sequence.cached))
 
     def _end(self, sequence: SequenceState) -> None:
         """Take a sequence out of wherever it is and let its row go with the next microbatch."""
@@ -402,6 +477,7 @@ class Scheduler:
     def _detach(self, sequence: SequenceState) -> None:
         """Out of its group or queue, and its row on the way out of the stages."""
         del self._rows[sequence.row]
+        self._memory.release(sequence.row)
         if sequence.prefilled > 0:  # the stages know the row only once a chunk went out
             self._release.append(sequence.row)
         if not self._groups.remove(sequence):

@@ -6,9 +6,10 @@ Owns: nothing but these shapes. Does not own: any decision (``engine.scheduler``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlx_cluster.engine.chunking import MIN_CHUNK, ChunkTimes
+from mlx_cluster.engine.memory import StageMemory
 from mlx_cluster.engine.waiting import Share
 from mlx_cluster.errors import ClusterError
 from mlx_cluster.microbatch import Microbatch, RowSpec
@@ -28,7 +29,8 @@ class Policy:
     ``max_prompts`` is how many short prompts may share a microbatch; ``itl_budget_seconds`` what the time between two
     tokens of a stream may come to while a prompt is computed. ``shares`` and ``ageing_seconds`` are about who waits
     (see ``engine.waiting``). A lone short prompt is held back for ``max_wait_seconds``, so that others may share its
-    microbatch.
+    microbatch. ``memory`` is what each stage has for rows; where it forces rows apart there are up to ``max_groups``
+    groups (default: two per stage).
     """
 
     num_stages: int
@@ -44,6 +46,8 @@ class Policy:
     itl_budget_seconds: float = 0.2
     min_chunk: int = MIN_CHUNK
     max_wait_seconds: float = 0.0
+    max_groups: int | None = None
+    memory: tuple[StageMemory, ...] = ()
 
 
 # -- what the scheduler tells the engine ---------------------------------------------------------
@@ -104,6 +108,7 @@ class SequenceState:
     entry: int | None = None  # the prefix entry that it started from
     cached: int = 0  # how many tokens that saved
     may_reuse: bool = True
+    started: bool = False  # it had a row before, and was preempted
     num_read: int = 1  # positions of the prompt whose log probability was told, the first of which has none
     kept: list[int] = field(default_factory=list)  # entries made of its row
     group: Group | None = None
@@ -116,6 +121,16 @@ class SequenceState:
     def num_positions(self) -> int:
         """How many of its tokens are computed between two steps: all but the last, which was only drawn."""
         return len(self.tokens) + len(self.emitted) - 1
+
+    def preempt(self) -> None:
+        """Back to the state of one that resumes: what it emitted is computed again, and the next token is the same."""
+        self.request = replace(self.request, emitted=(*self.request.emitted, *self.emitted))
+        self.tokens = self.request.prompt + self.request.emitted
+        self.emitted = []
+        self.row = -1
+        self.prefilled = self.cached = 0
+        self.entry = None
+        self.kept = []
 
 
 @dataclass(slots=True, eq=False)
