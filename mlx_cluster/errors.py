@@ -115,7 +115,13 @@ class Unavailable(ClusterError):
         self.retry_after_seconds = retry_after_seconds
 
 
-class StageLost(Unavailable):
+class Recovering(Unavailable):
+    """What served a moment ago is being brought up again: worth waiting for."""
+
+    code = "recovering"
+
+
+class StageLost(Recovering):
     """A stage died, hung or was fenced while it held this work."""
 
     code = "stage_lost"

@@ -71,6 +71,19 @@ class GatewayMetrics:
             buckets=TTFT_BUCKETS,
             registry=registry,
         )
+        self.broken_streams = Counter(
+            "mlx_cluster_gateway_broken_streams",
+            "Sequences whose engine was lost, and that were asked for again",
+            ["model"],
+            registry=registry,
+        )
+        self.recovery_seconds = Histogram(
+            "mlx_cluster_gateway_recovery_seconds",
+            "Seconds from the loss of an engine until another one took the request's sequences up again",
+            ["model"],
+            buckets=DURATION_BUCKETS,
+            registry=registry,
+        )
         self.stream_errors = Counter(
             "mlx_cluster_gateway_stream_errors",
             "Streams that ended with an error event after their status was sent",

@@ -96,8 +96,8 @@ class ScriptedEngine:
                 await self._note(lambda: self.finished.append(key))
                 return
             reason: FinishReason = "length"
-            count = 0
-            for token_id in script.tokens:
+            count = len(request.emitted)
+            for token_id in script.tokens[count:]:
                 if script.fail_after is not None and count == script.fail_after[0]:
                     raise script.fail_after[1]
                 if count == request.max_tokens:

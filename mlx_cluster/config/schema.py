@@ -113,6 +113,7 @@ class ApiGatewaySection(Section):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
     keepalive_seconds: Annotated[float, Field(gt=0)] = 10.0
     idle_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds without a token before a stream is given up
+    recovery_timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds a running stream waits for its engine to come back
     total_timeout: Annotated[float, Field(gt=0)] = 3600.0  # seconds a whole answer may take
     slow_reader_timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds a client may leave its stream unread
     # Names in a Host header that loopback answers to, beside its own: a page elsewhere may let its name point here.

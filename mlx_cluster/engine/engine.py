@@ -27,7 +27,7 @@ from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Rea
 from mlx_cluster.engine.speculation import BlockCosts, Bounds, Speculation
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
 from mlx_cluster.engine.waiting import Share
-from mlx_cluster.errors import ClusterError, ContextLengthExceeded, StageLost, StageStartError, Unavailable
+from mlx_cluster.errors import ClusterError, ContextLengthExceeded, Recovering, StageLost, StageStartError
 from mlx_cluster.microbatch import Kind, Microbatch, Report
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.request import Admitted, Event, Finished, Scored, SequenceRequest
@@ -184,8 +184,8 @@ class PipelineEngine:
             await asyncio.wait([self._rehearsal])
 
     async def stop(self, error: ClusterError | None = None) -> None:
-        """End: running sequences get ``error`` (default ``Unavailable``); streams are closed."""
-        self._fail(error or Unavailable("the engine is shutting down"))
+        """End: running sequences get ``error`` (default ``Recovering``); streams are closed."""
+        self._fail(error or Recovering("the engine is shutting down"))
         await self._end_rehearsal()
         if self._watchdog is not None:
             self._watchdog.cancel()

@@ -13,7 +13,7 @@ import grpc
 
 from mlx_cluster import log
 from mlx_cluster._pb import engine_pb2
-from mlx_cluster.errors import ClusterError, StageLost, Unavailable
+from mlx_cluster.errors import ClusterError, Recovering, StageLost
 from mlx_cluster.request import Engine, Event, Finished, SequenceRequest
 from mlx_cluster.wire import (
     decode_event,
@@ -67,7 +67,7 @@ class RemoteEngine:
         )
 
     async def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
-        """See ``request.Engine``. A broken connection is ``StageLost`` once admitted, ``Unavailable`` before."""
+        """See ``request.Engine``. A broken connection is ``StageLost`` once admitted, ``Recovering`` before."""
         call = self._generate(encode_sequence_request(request), metadata=self._metadata)
         admitted = False
         try:
@@ -79,7 +79,7 @@ class RemoteEngine:
                     return
         except grpc.aio.AioRpcError as error:
             reason = f"the engine's node cannot be reached ({error.code().name.lower()}: {error.details()})"
-            raise (StageLost if admitted else Unavailable)(reason) from error
+            raise (StageLost if admitted else Recovering)(reason) from error
         finally:
             call.cancel()
         raise StageLost("the engine's node closed the stream without an end")

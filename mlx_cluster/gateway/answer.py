@@ -73,7 +73,7 @@ class Gateway:
     @property
     def limits(self) -> Limits:
         settings = self.settings
-        return Limits(settings.timeout, settings.idle_timeout, settings.keepalive_seconds)
+        return Limits(settings.timeout, settings.idle_timeout, settings.keepalive_seconds, settings.recovery_timeout)
 
 
 class GenerationResponse(Response):

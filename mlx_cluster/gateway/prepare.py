@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mlx_cluster import grammar
-from mlx_cluster.errors import ContextLengthExceeded, InvalidRequest
+from mlx_cluster.errors import ContextLengthExceeded, InvalidRequest, Recovering
 from mlx_cluster.gateway import structured
 from mlx_cluster.gateway.ask import Ask, Tool
 from mlx_cluster.gateway.catalogue import Catalogue
@@ -37,7 +39,7 @@ class Prepared:
     ask: Ask
     model: ServedModel
     tokenizer: Tokenizer
-    engine: Engine
+    engine_for: Callable[[], Engine]  # asked anew for every attempt; raises ``Unavailable``
     sequences: tuple[SequenceRequest, ...]
     shape: Shape = PLAIN
 
@@ -56,7 +58,9 @@ async def prepare(
     """Resolve the model, tokenize, check. Raises ``InvalidRequest`` and its kinds, or ``Unavailable``."""
     priority = ask.caller.priority(ask.priority)
     model = catalogue.serving(ask.model)
-    engine = catalogue.engine_for(model)  # first: a model that is not ready needs no tokenizing
+    engine_for = partial(catalogue.engine_for, model)
+    with suppress(Recovering):  # the session waits for it
+        engine_for()  # first: a model that is not ready needs no tokenizing
     tokenizer = await catalogue.tokenizer(model)
     prompts, opened = await _prompt_ids(ask, tokenizer, catalogue)
     shape = _shape(ask, tokenizer, opened)
@@ -88,7 +92,7 @@ async def prepare(
         for at, sequence in enumerate(each)
         for choice in range(ask.num_drawn)
     )
-    return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine=engine, sequences=sequences, shape=shape)
+    return Prepared(ask=ask, model=model, tokenizer=tokenizer, engine_for=engine_for, sequences=sequences, shape=shape)
 
 
 async def count_prompt(ask: Ask, catalogue: Catalogue) -> int:

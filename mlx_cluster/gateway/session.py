@@ -3,14 +3,14 @@
 Owns: the engine's streams (one per choice), their deadlines, what has been emitted, when a choice ends, the usage.
 Does not own: HTTP and dialects (``answer``, ``openai``), validation (``prepare``).
 Invariant: leaving the session closes every engine stream, whatever ended it; after ``admitted`` each choice gives its
-text in order and then exactly one ``ChoiceEnd``, or the session raises a typed error.
-
-Room: a lost engine will be answered by opening the streams again with ``Choice.emitted``.
+text in order and then exactly one ``ChoiceEnd``, or the session raises a typed error. A lost engine is a pause: the
+streams are opened again (``attempts``), and the clocks stand still until they are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Literal
 
 from mlx_cluster import log
 from mlx_cluster.errors import ClusterError, DeadlineExceeded, Unavailable
+from mlx_cluster.gateway.attempts import Broken, Patience, attempts
 from mlx_cluster.gateway.choice import Choice, Piece
 from mlx_cluster.gateway.echo import Echoed, Echoes
 from mlx_cluster.gateway.parts import Marked, Part
@@ -66,6 +67,8 @@ class Waiting:
     """Nothing came for ``keepalive_seconds``: a stream should show that it is alive."""
 
 
+# What the streams of the choices put into the session's queue.
+Item = Event | Broken | ClusterError
 SessionEvent = Echoed | Delta | PartDelta | ChoiceEnd | Waiting
 
 
@@ -74,6 +77,7 @@ class Limits:
     first_token_seconds: float
     idle_seconds: float
     keepalive_seconds: float
+    recovery_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +104,13 @@ class Session:
         self._metrics = metrics
         self._started_at = started_at
         self._deadline = started_at + limits.first_token_seconds
-        self._queue: asyncio.Queue[tuple[int, Event | ClusterError]] = asyncio.Queue(QUEUE_EVENTS)
-        self._backlog: list[tuple[int, Event | ClusterError]] = []
+        self._queue: asyncio.Queue[tuple[int, Item]] = asyncio.Queue(QUEUE_EVENTS)
+        self._backlog: list[tuple[int, Item]] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._not_admitted = set(range(len(prepared.sequences)))
         self._running = set(self._not_admitted)
+        self._recovering: dict[int, ClusterError] = {}  # choices without an engine, and why
+        self._paused_at = 0.0  # since when an admitted choice has none
         self._choices = [
             Choice(
                 prepared.tokenizer,
@@ -119,6 +125,7 @@ class Session:
             None if prepared.shape.plain else Splitter(prepared.shape, _call_id) for _ in prepared.sequences
         ]
         self._echoes = Echoes([sequence.prompt for sequence in prepared.sequences] if prepared.ask.echo else ())
+        self._resumed = [False] * len(prepared.sequences)
         self._completion_tokens = 0
         self._reasoning_tokens = 0
         self._cached_tokens = 0
@@ -148,16 +155,17 @@ class Session:
 
     async def admitted(self) -> None:
         """Return once every choice is admitted. Raises what the engine raised, or ``DeadlineExceeded``."""
-        early: list[tuple[int, Event | ClusterError]] = []
+        early: list[tuple[int, Item]] = []
         while self._not_admitted:
             for _, item in early:
                 if isinstance(item, ClusterError):
                     raise item
             for choice, item in await self._receive():
                 if isinstance(item, Admitted):
-                    self._not_admitted.discard(choice)
-                    self._note_cached(choice, item.cached_tokens)
-                else:
+                    if choice in self._not_admitted:
+                        self._not_admitted.discard(choice)
+                        self._note_cached(choice, item.cached_tokens)
+                elif not isinstance(item, Broken):
                     early.append((choice, item))
         self._backlog = early
         self._metrics.prompt_tokens.labels(self._prepared.model.id).inc(self._prepared.prompt_tokens)
@@ -185,7 +193,7 @@ class Session:
             if failure is not None:
                 raise failure
 
-    def _advance(self, index: int, item: Event | ClusterError, batch: list[SessionEvent]) -> None:
+    def _advance(self, index: int, item: Item, batch: list[SessionEvent]) -> None:
         if index not in self._running:
             return  # what was still on its way when a stop string ended the choice
         choice = self._choices[index]
@@ -209,7 +217,8 @@ class Session:
             case Finished(reason="cancelled"):
                 raise Unavailable("the engine cancelled this sequence: send the request again")
             case Finished():
-                self._note_cached(index, item.cached_tokens)
+                if not self._resumed[index]:
+                    self._note_cached(index, item.cached_tokens)
                 self._show(index, choice.finish(), batch)
                 self._end(index, "stop" if choice.stopped or item.reason == "stop" else "length", batch)
             case ClusterError():
@@ -254,25 +263,49 @@ class Session:
                 reason = "tool_calls"
         batch.append(ChoiceEnd(index, reason, self._completion_tokens, self._choices[index].stop_string))
 
-    async def _receive(self) -> list[tuple[int, Event | ClusterError]]:
+    async def _receive(self) -> list[tuple[int, Item]]:
         """Everything that is there, after waiting for the first; empty when it is time to show life."""
-        items: list[tuple[int, Event | ClusterError]] = []
+        items: list[tuple[int, Item]] = []
         if self._queue.empty():
             now = asyncio.get_running_loop().time()
-            if now >= self._deadline:
+            # While choices recover, their own patience is the limit (``attempts``).
+            deadline = math.inf if self._paused_at else self._deadline
+            if now >= deadline:
                 raise self._too_late()
             try:
-                async with asyncio.timeout_at(min(self._deadline, now + self._limits.keepalive_seconds)):
+                async with asyncio.timeout_at(min(deadline, now + self._limits.keepalive_seconds)):
                     items.append(await self._queue.get())
             except TimeoutError:
                 return []
         while not self._queue.empty():
             items.append(self._queue.get_nowait())
+        now = asyncio.get_running_loop().time()
         if any(isinstance(item, Token) for _, item in items):
-            self._deadline = asyncio.get_running_loop().time() + self._limits.idle_seconds
+            self._deadline = now + self._limits.idle_seconds
+        for choice, item in items:
+            self._note_recovery(choice, item, now)
         return items
 
-    def _too_late(self) -> DeadlineExceeded:
+    def _note_recovery(self, choice: int, item: Item, now: float) -> None:
+        """Stop the clock when an admitted choice loses its engine, and let it run again when all have one."""
+        if isinstance(item, Broken):
+            if choice not in self._recovering:
+                self._metrics.broken_streams.labels(self._prepared.model.id).inc()
+            self._recovering[choice] = item.error
+            self._resumed[choice] = True
+            if choice not in self._not_admitted and not self._paused_at:
+                self._paused_at = now
+            return
+        self._recovering.pop(choice, None)
+        if self._paused_at and self._recovering.keys() <= self._not_admitted:
+            self._deadline += now - self._paused_at
+            self._metrics.recovery_seconds.labels(self._prepared.model.id).observe(now - self._paused_at)
+            self._paused_at = 0.0
+
+    def _too_late(self) -> ClusterError:
+        waits = next((error for choice, error in self._recovering.items() if choice in self._not_admitted), None)
+        if waits is not None:
+            return waits
         if self._completion_tokens == 0:
             return DeadlineExceeded(
                 f"no token within {self._limits.first_token_seconds:g} s (api_gateway.timeout): the cluster is busy or "
@@ -283,16 +316,14 @@ class Session:
         )
 
     async def _pump(self, sequence: SequenceRequest) -> None:
-        """Carry one engine stream into the session's queue. Cancelling this closes the stream."""
-        stream = self._prepared.engine.generate(sequence)
+        """Carry one sequence's events into the session's queue. Cancelling this closes the stream."""
+        until = self._started_at + self._limits.first_token_seconds
+        patience = Patience(self._limits.recovery_seconds, until)
+        stream = attempts(sequence, self._prepared.engine_for, patience)
         put = self._queue.put
         try:
-            finished = False
             async for event in stream:
                 await put((sequence.choice, event))
-                finished = isinstance(event, Finished)
-            if not finished:
-                await put((sequence.choice, Unavailable("the engine's stream ended early: send the request again")))
         except ClusterError as error:
             await put((sequence.choice, error))
         except Exception as error:  # noqa: BLE001 - this task's root

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_cluster import log
 from mlx_cluster.cluster.status import PipelineStatus
-from mlx_cluster.errors import Unavailable
+from mlx_cluster.errors import Recovering
 from mlx_cluster.node.bringup import DrivenEngine, PipelineDriver
 from mlx_cluster.plan import Plan
 from mlx_cluster.request import Engine
@@ -57,14 +57,14 @@ class Drivers:
         return {(d.plan.model.id, d.plan.pipeline): d.engine.statistics() for d in drivers if d.engine is not None}
 
     def resolve(self, pipeline: str) -> Engine:
-        """For gateways of other nodes. Raises ``Unavailable`` with the state of the pipeline."""
+        """For gateways of other nodes. Raises ``Recovering`` with the state of the pipeline."""
         engine = self.engine(pipeline)
         if engine is not None:
             return engine
         found = self._running.get(pipeline)
         if found is None:
-            raise Unavailable(f"{pipeline} is not driven by this node any more")
-        raise Unavailable(f"{pipeline} is {found[0].status.state}: {found[0].status.detail}")
+            raise Recovering(f"{pipeline} is not driven by this node any more")
+        raise Recovering(f"{pipeline} is {found[0].status.state}: {found[0].status.detail}")
 
     async def _end(self, pipeline: str) -> None:
         _, task = self._running.pop(pipeline)

@@ -16,7 +16,7 @@ from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.membership import ClusterView
 from mlx_cluster.cluster.routing import Replica, Router
 from mlx_cluster.config.schema import ModelEntry
-from mlx_cluster.errors import ModelNotFound, Unavailable
+from mlx_cluster.errors import ModelNotFound, Recovering, Unavailable
 from mlx_cluster.node import report
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.routing import ReadyReplica, RoutedEngine
@@ -42,6 +42,7 @@ class NodeRoutes:
     ) -> None:
         self._models, self._local, self._picture = models, local, picture
         self._local_engine, self._remote_engine = local_engine, remote_engine
+        self._served_before: set[str] = set()
         self._routed = {
             model_id: RoutedEngine(partial(self._ready, model_id), Router(entry.routing, random.random))
             for model_id, entry in models.items()
@@ -52,7 +53,7 @@ class NodeRoutes:
         return [self._served(model_id, entry) for model_id, entry in self._models.items()]
 
     def engine_for(self, model_id: str) -> Engine:
-        """See ``request.Routes``. Raises ``ModelNotFound`` or ``Unavailable``."""
+        """See ``request.Routes``. Raises ``ModelNotFound``, ``Recovering`` or ``Unavailable``."""
         if model_id not in self._models:
             raise ModelNotFound(
                 f"the model {model_id!r} does not exist; models of this cluster: {', '.join(self._models) or 'none'}",
@@ -60,9 +61,17 @@ class NodeRoutes:
             )
         ready = self._ready(model_id)
         if not ready:
-            state, detail = report.model_state(model_id, *self._picture())
-            raise Unavailable(f"{model_id} is {state}: {detail or 'its engine is starting again'}")
+            raise self._not_ready(model_id)
+        self._served_before.add(model_id)
         return self._routed[model_id] if model_id in self._routed else ready[0].engine
+
+    def _not_ready(self, model_id: str) -> Unavailable:
+        """Worth waiting for is what served before and still has a plan; a model that fits nowhere is not."""
+        state, detail = report.model_state(model_id, *self._picture())
+        text = f"{model_id} is {state}: {detail or 'its engine is starting again'}"
+        planned = any(plan.model.id == model_id for plan in self._picture()[2].plans)
+        recovers = model_id in self._served_before and (planned or state == "loading")
+        return Recovering(text) if recovers else Unavailable(text)
 
     def _ready(self, model_id: str) -> list[ReadyReplica]:
         """The replicas of a model whose drivers say ``ready``, with their engines."""

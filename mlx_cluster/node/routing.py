@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from mlx_cluster.cluster.routing import Replica, Router
-from mlx_cluster.errors import ClusterError, Overloaded, StageLost, Unavailable
+from mlx_cluster.errors import ClusterError, Overloaded, Recovering, StageLost, Unavailable
 from mlx_cluster.request import Admitted, Engine, Event, SequenceRequest, Token
 
 
@@ -37,7 +37,7 @@ class RoutedEngine:
         while True:
             left = [each for each in self._ready() if each.replica.pipeline not in refused]
             if not left:
-                raise next(reversed(refused.values()), Unavailable(f"no replica of {request.model} is ready"))
+                raise next(reversed(refused.values()), Recovering(f"no replica of {request.model} is ready"))
             chosen = self._choose(left, request)
             admitted = False
             try:

@@ -94,7 +94,7 @@ def test_every_gateway_gives_the_same_completion(cluster: ClusterProcesses) -> N
 
 
 class Stream(threading.Thread):
-    """A long streamed completion, read until its end; ``started`` is set by the first token."""
+    """A streamed completion of 300 tokens, read until its end; ``started`` is set by the first token."""
 
     def __init__(self, cluster: ClusterProcesses, node: int) -> None:
         super().__init__(daemon=True)
@@ -107,7 +107,7 @@ class Stream(threading.Thread):
         body = {
             "model": "tiny",
             "prompt": "hello",
-            "max_tokens": 4000,
+            "max_tokens": 300,
             "temperature": 0,
             "stream": True,
             "ignore_eos": True,
@@ -118,27 +118,28 @@ class Stream(threading.Thread):
                     self.events.append(line.removeprefix("data: "))
                     self.started.set()
 
-    def error(self) -> dict[str, Any]:
-        """The error event that the stream ended with."""
+    def text(self) -> str:
+        """The whole text of a stream that ended without an error, once."""
         self.join(120)
         assert not self.is_alive(), "the stream hangs"
-        assert self.events[-1] == "[DONE]", self.events[-1]
-        found: dict[str, Any] = json.loads(self.events[-2])["error"]
-        return found
+        *chunks, last = self.events
+        assert last == "[DONE]"
+        found = [json.loads(chunk) for chunk in chunks]
+        assert [chunk["error"] for chunk in found if "error" in chunk] == []
+        choices = [chunk["choices"][0] for chunk in found if chunk["choices"]]
+        assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"]
+        return "".join(choice["text"] for choice in choices)
 
 
 @pytest.mark.parametrize("gateway", [0, 2])
-def test_a_killed_stage_process_ends_the_stream_with_a_typed_error_and_comes_back(
-    cluster: ClusterProcesses, gateway: int
-) -> None:
+def test_a_killed_stage_process_is_a_pause_and_comes_back(cluster: ClusterProcesses, gateway: int) -> None:
     before = cluster.wait_ready()
     expected = text_of(cluster.complete(gateway))
+    whole = Stream(cluster, gateway).text()
     stream = Stream(cluster, gateway)
     assert stream.started.wait(60)
     os.kill(before["stages"][1]["pid"], signal.SIGKILL)
-    error = stream.error()
-    assert error["code"] == "stage_lost", error
-    assert "stage" in error["message"]
+    assert stream.text() == whole
 
     def again(node: int) -> bool:
         pipeline = cluster.ready(node)

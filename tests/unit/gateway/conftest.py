@@ -62,6 +62,7 @@ def tokenizer(tokenizer_dir: Path) -> Tokenizer:
 
 @asynccontextmanager
 async def running(tokenizer_dir: Path, tokenizer: Tokenizer, **settings: object) -> AsyncIterator[World]:
+    settings = {"recovery_timeout": 0.2, **settings}  # a lost engine is given up soon
     routes = ScriptedRoutes(
         [
             served_model(tokenizer_dir),
