@@ -149,7 +149,8 @@ class Engine(Protocol):
 class ServedModel:
     """What a gateway must know of a model to serve it. ``model_dir`` is this node's own path.
 
-    ``fallback`` is the model that may answer while this one cannot be served.
+    ``fallback`` is the model that may answer while this one cannot be served. ``embeddings`` says how a text becomes a
+    vector, for a model that was made for it.
     """
 
     id: str
@@ -160,6 +161,7 @@ class ServedModel:
     state: Literal["loading", "ready", "failed"]
     detail: str = ""
     fallback: str | None = None
+    embeddings: Pool | None = None
 
 
 class Routes(Protocol):

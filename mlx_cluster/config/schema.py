@@ -262,6 +262,9 @@ class ModelEntry(Section):
         "prefix_affinity"
     )
     batching: BatchingSection = BatchingSection()
+    # How a text becomes a vector for /v1/embeddings: the state at its last token, or the mean of all. Left out: what
+    # the checkpoint says of itself (1_Pooling/config.json); without either the model gives none.
+    embeddings: Literal["last", "mean"] | None = None
 
 
 class Settings(Section):

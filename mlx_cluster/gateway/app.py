@@ -22,6 +22,7 @@ from mlx_cluster.gateway.answer import Gateway, GenerationResponse, MakeDialect
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import read_json_body
+from mlx_cluster.gateway.embeddings_routes import add_embeddings
 from mlx_cluster.gateway.errors import MethodNotAllowed, RouteNotFound
 from mlx_cluster.gateway.incoming import asked_by, has_effect, name_dropped
 from mlx_cluster.gateway.messages_routes import add_messages
@@ -73,6 +74,7 @@ def create_app(
     add_responses(app, gateway, node_info.node_id, ResponseStore(state_dir and state_dir / FILE_NAME))
     add_models(app, gateway)
     add_tokens(app, gateway)
+    add_embeddings(app, gateway)
     _add_state(app, gateway, node_info, metrics)
     add_web_page(app, gateway)
     return app

@@ -25,6 +25,7 @@ DIALECTS: Mapping[str, Mapping[str, Rule]] = {
     "POST /v1/completions": fields.COMPLETION,
     "POST /v1/responses": fields.RESPONSES,
     "POST /v1/messages": fields.MESSAGES,
+    "POST /v1/embeddings": fields.EMBEDDINGS,
     "POST /tokenize": fields.TOKENIZE,
     "POST /detokenize": fields.DETOKENIZE,
 }

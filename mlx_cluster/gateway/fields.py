@@ -208,6 +208,12 @@ TOKENIZE: Mapping[str, Rule] = {
 DETOKENIZE: Mapping[str, Rule] = dict.fromkeys(("model", "tokens"), HONOURED)
 
 
+EMBEDDINGS: Mapping[str, Rule] = {
+    **dict.fromkeys(("model", "input", "encoding_format", "dimensions"), HONOURED),
+    "user": ADVISORY,
+}
+
+
 def honoured(values: Mapping[str, Any], table: Mapping[str, Rule], dropped: list[str] | None = None) -> dict[str, Any]:
     """The honoured fields that are present (null means absent); raises ``InvalidRequest`` for any other with effect.
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: /tokenize and /detokenize; and /v1/embeddings, which says why there are none.
+"""Text to token ids and back: /tokenize and /detokenize.
 
 Owns: these routes and their bodies.
 Does not own: rendering of conversations (``prepare``), the tokenizer.
@@ -67,16 +67,6 @@ def add_tokens(app: FastAPI, gateway: Gateway) -> None:
         tokenizer = await catalogue.tokenizer(catalogue.find(body.model))
         return JSONResponse({"prompt": await catalogue.off_loop(_decode, tokenizer, body.tokens)})
 
-    @app.post("/v1/embeddings", openapi_extra=_json_body({"type": "object"}))
-    async def embeddings(request: Request) -> Response:
-        model = catalogue.find(await read_parsed(request, gateway, _parse_embeddings))
-        raise InvalidRequest(
-            f"the model {model.id!r} gives no embeddings: this cluster serves models that generate text, and the state "
-            "inside of one is no measure of likeness; ask a server with an embedding model",
-            param="model",
-            code="unsupported_model",
-        )
-
 
 def _parse_tokenize(raw: bytes) -> dict[str, Any]:
     return fields.honoured(json_object(raw), fields.TOKENIZE)
@@ -84,13 +74,6 @@ def _parse_tokenize(raw: bytes) -> dict[str, Any]:
 
 def _parse_detokenize(raw: bytes) -> DetokenizeBody:
     return validated(DetokenizeBody, fields.honoured(json_object(raw), fields.DETOKENIZE))
-
-
-def _parse_embeddings(raw: bytes) -> str:
-    model = json_object(raw).get("model")
-    if not isinstance(model, str):
-        raise InvalidRequest("model: name the model as a string", param="model", code="missing_required_parameter")
-    return model
 
 
 def _chat_ask(values: dict[str, Any]) -> tuple[Ask, bool]:

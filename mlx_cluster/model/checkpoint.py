@@ -20,6 +20,7 @@ from typing import Any
 
 from mlx_cluster.errors import CheckpointError
 from mlx_cluster.model import families
+from mlx_cluster.request import Pool
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
@@ -68,6 +69,19 @@ class LayerCosts:
         if first or self.embedding_everywhere or (last and self.tied):
             total += self.embedding
         return total + self.head if last else total
+
+
+def pooling(model_dir: Path) -> Pool | None:
+    """How this checkpoint says that its states become embeddings, if it says so and we can do it."""
+    try:
+        said = json.loads((model_dir / "1_Pooling" / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(said, dict):
+        return None
+    modes = {name for name, value in said.items() if name.startswith("pooling_mode_") and value is True}
+    known: dict[str, Pool] = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
+    return known.get(modes.pop()) if len(modes) == 1 else None
 
 
 def load_config(model_dir: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mlx_cluster.errors import CheckpointError, ClusterError
 from mlx_cluster.model import checkpoint, families
 from mlx_cluster.node import machine
 from mlx_cluster.plan import Plan
+from mlx_cluster.request import Pool
 
 # A model made for a million positions must not be refused because a million positions do not fit.
 DEFAULT_MAX_CONTEXT = 32_768
@@ -34,6 +35,7 @@ class LocalModel:
     directory: Path
     facts: ModelFacts
     created: int  # seconds since 1970, for /v1/models
+    pooling: Pool | None = None  # of a checkpoint that says it gives embeddings
 
 
 class LocalModels:
@@ -129,7 +131,8 @@ class LocalModels:
             embedding_everywhere=costs.embedding_everywhere,
             legal_cuts=tuple(cuts) if len(cuts) < len(costs.layers) - 1 else None,
         )
-        return LocalModel(directory, facts, int((directory / "config.json").stat().st_mtime))
+        created = int((directory / "config.json").stat().st_mtime)
+        return LocalModel(directory, facts, created, checkpoint.pooling(directory))
 
     def _resolve(self, model_id: str, wanted: str) -> Path:
         try:

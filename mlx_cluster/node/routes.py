@@ -106,4 +106,5 @@ class NodeRoutes:
             state=cast('Literal["loading", "ready", "failed"]', state),
             detail=detail,
             fallback=self._models[model_id].fallback_model,
+            embeddings=entry.embeddings or local.pooling,
         )

@@ -70,7 +70,7 @@ async def test_a_negative_id_is_refused_by_its_place(world: World) -> None:
     assert answer.json()["error"]["param"].startswith("tokens")
 
 
-@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
 async def test_an_unknown_model_is_404(world: World, path: str) -> None:
     body = {"model": "nobody", "tokens": [1]} if path == "/detokenize" else {"model": "nobody", "prompt": "a"}
     answer = await world.http.post(path, json=body)

@@ -165,3 +165,21 @@ def test_planning_does_not_import_mlx() -> None:
         "sys.exit(any(name.partition('.')[0] in ('mlx', 'mlx_lm', 'huggingface_hub') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "pool"),
+    [
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
+        ({"pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, None),
+        ({"pooling_mode_cls_token": True}, None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_a_checkpoint_says_how_its_states_become_embeddings(tmp_path: Path, said: Any, pool: str | None) -> None:
+    if said is not None:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    assert checkpoint.pooling(tmp_path) == pool
