@@ -197,6 +197,14 @@ class Report:
     pooled: tuple[PooledRow, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a stage holds now: rows, and entries of the prefix cache in memory. An idle one holds no row."""
+
+    rows: int
+    entries: int
+
+
 # -- hidden states and what executes them ---------------------------------------------------------
 
 

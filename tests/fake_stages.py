@@ -28,6 +28,7 @@ class FakeStage:
         self.go_on.set()
         self.fail_with: stage_pb2.StageFailure | None = None
         self.bad_tokens: frozenset[int] = frozenset()
+        self.held: stage_pb2.Held | None = None
         self.address = ""
         self._drawn: dict[int, int] = {}
         self._server = grpc.aio.server()
@@ -54,7 +55,7 @@ class FakeStage:
         self.metadata = dict(context.invocation_metadata())
         async for message in messages:
             if message.WhichOneof("kind") == "tick":
-                yield stage_pb2.StageMessage(tick=stage_pb2.Tick())
+                yield stage_pb2.StageMessage(tick=stage_pb2.Tick(held=self.held))
                 continue
             header = decode_microbatch(message.microbatch)
             self.headers.append(header)

@@ -27,8 +27,18 @@ class StageMessage(_message.Message):
     def __init__(self, report: _Optional[_Union[Report, _Mapping]] = ..., tick: _Optional[_Union[Tick, _Mapping]] = ..., failure: _Optional[_Union[StageFailure, _Mapping]] = ..., saved: _Optional[_Union[SavedEntries, _Mapping]] = ...) -> None: ...
 
 class Tick(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("held",)
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    held: Held
+    def __init__(self, held: _Optional[_Union[Held, _Mapping]] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("rows", "entries")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    entries: int
+    def __init__(self, rows: _Optional[int] = ..., entries: _Optional[int] = ...) -> None: ...
 
 class StageFailure(_message.Message):
     __slots__ = ("code", "message")

@@ -124,6 +124,8 @@ class PipelineEngine:
         self._error: ClusterError | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._rehearsal: asyncio.Task[None] | None = None
+        self._was_idle = False
+        self._unaccounted: dict[int, int] = {}  # stage → rows, once found
         self._alarm: asyncio.TimerHandle | None = None
         self._num_tokens = self._num_fallbacks = 0
         self._busy_seconds = [0.0] * plan.num_stages
@@ -244,6 +246,8 @@ class PipelineEngine:
             **self._scheduler.statistics(),
             "tokens": self._num_tokens,
             "prefix_fallbacks": self._num_fallbacks,
+            "unaccounted": dict(self._unaccounted),
+            "held": [(s.held.rows, s.held.entries) if s.held is not None else None for s in self._streams],
             "busy_seconds": [round(seconds, 6) for seconds in self._busy_seconds],
         }
 
@@ -383,8 +387,19 @@ class PipelineEngine:
                     return
                 stream.tick()
             self._check_reports(now)
-            if self._scheduler.idle:
-                self._scheduler.audit()
+            self._audit()
+
+    def _audit(self) -> None:
+        """Whoever is idle audits its own books, and the stages': a row that nobody has is memory that nobody frees."""
+        was_idle, self._was_idle = self._was_idle, self._scheduler.idle and not self._trips
+        if not self._was_idle:
+            return
+        self._scheduler.audit()
+        if not was_idle or self._unaccounted:
+            return  # what the stages said last may be older than this quiet
+        self._unaccounted = {s.index: s.held.rows for s in self._streams if s.held is not None and s.held.rows}
+        if self._unaccounted:
+            _log.error("stages hold rows that nobody has", pipeline=self.plan.pipeline, rows=self._unaccounted)
 
     @staticmethod
     def _heard_nothing(stream: StageStream, now: float) -> bool:

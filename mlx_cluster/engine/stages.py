@@ -18,7 +18,7 @@ import grpc
 from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.errors import StageStartError
-from mlx_cluster.microbatch import Report, Saved
+from mlx_cluster.microbatch import Held, Report, Saved
 from mlx_cluster.plan import Plan
 from mlx_cluster.wire import GRPC_OPTIONS, decode_report, decode_saved_entries
 
@@ -55,6 +55,7 @@ class StageStream:
         self._heard_at = 0.0
         self._saved: asyncio.Future[tuple[Saved, ...]] = asyncio.get_running_loop().create_future()
         self._closing = False
+        self.held: Held | None = None  # what the stage said last that it holds
 
     async def open(self, timeout_seconds: float) -> None:
         """Open the stream and wait for the stage's first tick. Raises ``StageStartError``."""
@@ -127,6 +128,8 @@ class StageStream:
                 self._heard_at = loop.time()
                 self._heard.set()
                 match message.WhichOneof("kind"):
+                    case "tick" if message.tick.HasField("held"):
+                        self.held = Held(message.tick.held.rows, message.tick.held.entries)
                     case "report":
                         self._on_report(decode_report(message.report))
                     case "saved":

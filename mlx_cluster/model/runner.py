@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_cluster import log
 from mlx_cluster.errors import LinkMismatch, RowFailed
-from mlx_cluster.microbatch import FailedRow, Frame, Kind, Microbatch, Outcome, Pending, RowSpec, Saved
+from mlx_cluster.microbatch import FailedRow, Frame, Held, Kind, Microbatch, Outcome, Pending, RowSpec, Saved
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import prompts, reading, sampling, state
 from mlx_cluster.model.grammar import Grammars
@@ -129,6 +129,10 @@ class SliceRunner:
     @property
     def num_rows(self) -> int:
         return len(self._rows)
+
+    def held(self) -> Held:
+        """Any thread may ask."""
+        return Held(len(self._rows), len(self._rows.entries))
 
     def warm_up(self) -> None:
         """Run a prompt and a batched step once: some operations are compiled at first use, which takes seconds."""

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mlx_cluster.cluster.status import NodeStatus
-from mlx_cluster.metrics import CONTENT_TYPE, Metrics
+from mlx_cluster.metrics import CONTENT_TYPE, EngineStatistics, Metrics
 from mlx_cluster.node import report
 from mlx_cluster.node.routes import NodeRoutes, Picture
 
@@ -52,8 +52,8 @@ def admin_app(cluster: str, settings: BaseModel, picture: Callable[[], Picture],
     )
 
 
-def node_app(status: Callable[[], NodeStatus]) -> Starlette:
-    """This node alone."""
+def node_app(status: Callable[[], NodeStatus], engines: EngineStatistics) -> Starlette:
+    """This node alone; ``engines`` are those whose stage 0 it holds."""
 
     async def show_node(_: Request) -> Response:
         now = status()
@@ -73,6 +73,10 @@ def node_app(status: Callable[[], NodeStatus]) -> Starlette:
     async def show_stages(_: Request) -> Response:
         return JSONResponse({"stages": [report.stage(each) for each in status().stages]})
 
+    async def show_engines(_: Request) -> Response:
+        named = [{"model": model, "pipeline": name, **figures} for (model, name), figures in engines().items()]
+        return JSONResponse({"engines": named})
+
     async def show_memory(_: Request) -> Response:
         return JSONResponse(report.memory(status()))
 
@@ -82,6 +86,7 @@ def node_app(status: Callable[[], NodeStatus]) -> Starlette:
             Route("/node", show_node),
             Route("/stages", show_stages),
             Route("/memory", show_memory),
+            Route("/engines", show_engines),
         ]
     )
 

@@ -50,7 +50,7 @@ class NodeServers:
         bind, ports = identity.bind_host, identity.ports
         self._http = [
             GatewayServer(self._gateway, identity.gateway_host, ports.gateway),
-            GatewayServer(node_app(lambda: agent.status), bind, ports.node_api),
+            GatewayServer(node_app(lambda: agent.status, agent.drivers.statistics), bind, ports.node_api),
             GatewayServer(health_app(lambda: agent.status, routes, metrics), bind, ports.health),
             GatewayServer(self._admin, bind, ports.admin),
         ]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mlx_cluster import lifeline, log
 from mlx_cluster.errors import ClusterError
-from mlx_cluster.microbatch import Runner, Saved
+from mlx_cluster.microbatch import Held, Runner, Saved
 from mlx_cluster.stage.device import DeviceThread
 from mlx_cluster.stage.emulation import EmulatedRunner
 from mlx_cluster.stage.faults import FaultyRunner
@@ -47,6 +47,7 @@ class Slice:
     """What the mlx thread made of the spec."""
 
     runner: Runner
+    held: Callable[[], Held]
     memory_bytes: int
     can_trim: bool
     kv_fixed_bytes: int
@@ -185,7 +186,7 @@ class StageChild:
             link_timeout_seconds=spec.link_timeout_seconds,
             on_report=service.report,
         )
-        service.begin(worker, loaded.saved)
+        service.begin(worker, loaded.saved, loaded.held)
         self._events.emit(StageEvent("linked", address=address))
         await _serve(worker, service)
 
@@ -250,7 +251,7 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
     last = spec.index == spec.plan.num_stages - 1
     if spec.emulation is not None:
         runner = EmulatedRunner(spec.emulation, last=last)
-        return Slice(runner, memory_bytes=0, can_trim=True, kv_fixed_bytes=0, kv_bytes_per_position=0)
+        return Slice(runner, runner.held, memory_bytes=0, can_trim=True, kv_fixed_bytes=0, kv_bytes_per_position=0)
     from mlx_cluster.model.runner import SliceRunner  # only here: an emulated stage must not need mlx
 
     loaded = SliceRunner.load(
@@ -267,6 +268,7 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
     saved = loaded.keep_on_disk(Path(disk.path), disk.max_bytes, spec.plan.model.manifest_hash) if disk else []
     return Slice(
         FaultyRunner(loaded, spec.faults) if spec.faults is not None else loaded,
+        loaded.held,
         memory_bytes=loaded.memory_bytes,
         can_trim=loaded.can_trim,
         kv_fixed_bytes=loaded.kv_fixed_bytes,

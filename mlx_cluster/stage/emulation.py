@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_cluster.microbatch import Frame, Kind, Microbatch, Outcome, RowSpec, Sampled, TensorSpec
+from mlx_cluster.microbatch import Frame, Held, Kind, Microbatch, Outcome, RowSpec, Sampled, TensorSpec
 from mlx_cluster.stage.spec import EmulationSpec
 
 
@@ -66,10 +66,16 @@ class EmulatedRunner:
         self._device_free_at = 0.0
         self._rows: dict[int, RowSpec] = {}
         self._drawn: dict[int, int] = {}
+        self._entries: set[int] = set()
         self._payload = bytes(0)
+
+    def held(self) -> Held:
+        return Held(len(self._rows), len(self._entries))
 
     def submit(self, header: Microbatch, frame: Frame | None) -> _Dispatched:
         """Queue on the virtual device and return at once; only ``burn_python_seconds`` of it hold the caller."""
+        self._entries |= {store.entry for store in header.store}
+        self._entries -= set(header.evict)
         for row in header.release:
             self._rows.pop(row, None)
             self._drawn.pop(row, None)

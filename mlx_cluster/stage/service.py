@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -19,7 +19,7 @@ import grpc.aio
 from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.errors import ClusterError, Fenced, PortInUse, StageLost, Unavailable
-from mlx_cluster.microbatch import Report, Saved
+from mlx_cluster.microbatch import Held, Report, Saved
 from mlx_cluster.plan import Epoch
 from mlx_cluster.stage.spec import StageSpec
 from mlx_cluster.stage.worker import Worker
@@ -29,7 +29,6 @@ from mlx_cluster.wire import GRPC_OPTIONS, decode_microbatch, encode_report, enc
 SERVICE = "mlx_cluster.Stage"
 # Reports that the engine has not read yet; its credits keep the number far lower.
 MAX_UNREAD = 4096
-_TICK = stage_pb2.StageMessage(tick=stage_pb2.Tick())
 _CLOSE_SECONDS = 1.0
 
 logger = log.get("stage.service")
@@ -45,6 +44,7 @@ class StageService:
         self._server: Any = grpc.aio.server(options=GRPC_OPTIONS)
         self._worker: Worker | None = None
         self._saved: Sequence[Saved] = ()
+        self._held: Callable[[], Held] | None = None
         self._opened = False
         self._outbox: asyncio.Queue[stage_pb2.StageMessage | None] = asyncio.Queue(MAX_UNREAD)
         self._ended: asyncio.Future[ClusterError] = asyncio.get_running_loop().create_future()
@@ -69,9 +69,12 @@ class StageService:
         await self._server.start()
         return f"{self._spec.host}:{port}"
 
-    def begin(self, worker: Worker, saved: Sequence[Saved] = ()) -> None:
-        """From now on the engine may open its stream, where it hears first which entries lie ``saved`` here."""
-        self._worker, self._saved = worker, saved
+    def begin(self, worker: Worker, saved: Sequence[Saved] = (), held: Callable[[], Held] | None = None) -> None:
+        """From now on the engine may open its stream, where it hears first which entries lie ``saved`` here.
+
+        ``held`` counts what the runner holds; it is asked in the event loop, beside the thread that changes it.
+        """
+        self._worker, self._saved, self._held = worker, saved, held
 
     def report(self, report: Report) -> None:
         """Hand a report to the engine, without waiting."""
@@ -131,7 +134,7 @@ class StageService:
                     case "microbatch":
                         await worker.put(decode_microbatch(message.microbatch))
                     case "tick":
-                        self._say(_TICK)
+                        self._say(self._tick())
                     case kind:
                         raise StageLost(f"the engine sent a message of kind {kind}: it runs another version")
             self._end(StageLost("the engine closed its stream: the epoch is over"))
@@ -142,6 +145,12 @@ class StageService:
             logger.exception("the engine's stream cannot be read")
             self._end(StageLost(f"the engine's stream cannot be read: {error}"))
         self._say(None)
+
+    def _tick(self) -> stage_pb2.StageMessage:
+        if self._held is None:
+            return stage_pb2.StageMessage(tick=stage_pb2.Tick())
+        held = self._held()
+        return stage_pb2.StageMessage(tick=stage_pb2.Tick(held=stage_pb2.Held(rows=held.rows, entries=held.entries)))
 
     def _told(self) -> list[Saved]:
         """The tokens of saved entries are the same on every stage: the first one's word is enough."""

@@ -236,3 +236,25 @@ async def test_a_lone_prompt_goes_when_its_wait_for_company_is_over(stages: list
     await engine.start(10)
     assert len(await collect(engine, request())) == 7
     await engine.stop()
+
+
+async def test_a_row_that_a_stage_holds_and_nobody_has_is_found(
+    stages: list[FakeStage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in stages:
+        stage.held = stage_pb2.Held(rows=0, entries=2)
+    engine = make_engine(stages)
+    await engine.start(10)
+    await collect(engine, request())
+    await until(lambda: engine.statistics()["held"] == [(0, 2)] * 3)
+    await until(lambda: engine._scheduler.idle and not engine._trips)
+    for _ in range(3):
+        engine._audit()
+    assert engine.statistics()["unaccounted"] == {}
+    stages[1].held = stage_pb2.Held(rows=1, entries=2)
+    engine._streams[1].tick()
+    await until(lambda: engine.statistics()["held"][1] == (1, 2))
+    engine._audit()
+    assert engine.statistics()["unaccounted"] == {1: 1}
+    assert "stages hold rows that nobody has" in "".join(capsys.readouterr())
+    await engine.stop()

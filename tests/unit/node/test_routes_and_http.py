@@ -117,10 +117,12 @@ async def test_admin_routes(world: World) -> None:
 
 
 async def test_the_node_api_shows_this_node() -> None:
-    app = node_app(lambda: status(1))
+    app = node_app(lambda: status(1), lambda: {("m", "m#1"): {"waiting": 2, "held": [(1, 4)]}})
     assert (await get(app, "/node")).json()["name"] == "mini1"
     assert (await get(app, "/stages")).json() == {"stages": []}
     assert (await get(app, "/memory")).json()["stages_bytes"] == 0
+    expected = {"model": "m", "pipeline": "m#1", "waiting": 2, "held": [[1, 4]]}
+    assert (await get(app, "/engines")).json() == {"engines": [expected]}
 
 
 async def test_health_is_ready_only_while_a_model_is(world: World) -> None:
