@@ -4,72 +4,75 @@
 # source: mlx_cluster/_pb/stage.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "mlx_cluster/_pb/stage.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'mlx_cluster/_pb/stage.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1bmlx_cluster/_pb/stage.proto\x12\x0bmlx_cluster"i\n\rEngineMessage\x12-\n\nmicrobatch\x18\x01 \x01(\x0b\x32\x17.mlx_cluster.MicrobatchH\x00\x12!\n\x04tick\x18\x02 \x01(\x0b\x32\x11.mlx_cluster.TickH\x00\x42\x06\n\x04kind"\xba\x01\n\x0cStageMessage\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x13.mlx_cluster.ReportH\x00\x12!\n\x04tick\x18\x02 \x01(\x0b\x32\x11.mlx_cluster.TickH\x00\x12,\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x19.mlx_cluster.StageFailureH\x00\x12*\n\x05saved\x18\x04 \x01(\x0b\x32\x19.mlx_cluster.SavedEntriesH\x00\x42\x06\n\x04kind"5\n\x04Tick\x12$\n\x04held\x18\x01 \x01(\x0b\x32\x11.mlx_cluster.HeldH\x00\x88\x01\x01\x42\x07\n\x05_held"%\n\x04Held\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\r"-\n\x0cStageFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t"\x9e\x02\n\nMicrobatch\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\r\x12\r\n\x05group\x18\x03 \x01(\r\x12\x0e\n\x06sample\x18\x04 \x01(\x08\x12\x0c\n\x04rows\x18\x05 \x03(\r\x12\x0e\n\x06tokens\x18\x06 \x03(\r\x12#\n\x05\x61\x64mit\x18\x07 \x03(\x0b\x32\x14.mlx_cluster.RowSpec\x12\x0f\n\x07release\x18\x08 \x03(\r\x12\x0f\n\x07lengths\x18\t \x03(\r\x12!\n\x05store\x18\n \x03(\x0b\x32\x12.mlx_cluster.Store\x12\x1f\n\x04load\x18\x0b \x03(\x0b\x32\x11.mlx_cluster.Load\x12\r\n\x05\x65vict\x18\x0c \x03(\r\x12\x1f\n\x04trim\x18\r \x03(\x0b\x32\x11.mlx_cluster.Trim"#\n\x04Trim\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\r"U\n\x05Store\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05\x65ntry\x18\x02 \x01(\r\x12&\n\x05saved\x18\x03 \x01(\x0b\x32\x12.mlx_cluster.SavedH\x00\x88\x01\x01\x42\x08\n\x06_saved"5\n\x05Saved\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04salt\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\r"3\n\x0cSavedEntries\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.mlx_cluster.Saved"B\n\x04Load\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05\x65ntry\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c"\x9c\x02\n\x07RowSpec\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\'\n\x08sampling\x18\x02 \x01(\x0b\x32\x15.mlx_cluster.Sampling\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12\x15\n\rprompt_length\x18\x05 \x01(\r\x12\x0f\n\x07history\x18\x06 \x03(\r\x12*\n\x07grammar\x18\x07 \x01(\x0b\x32\x14.mlx_cluster.GrammarH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04pool\x18\n \x01(\tB\n\n\x08_grammarB\x12\n\x10_prompt_logprobs"\'\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t"\x83\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12*\n\nlogit_bias\x18\t \x03(\x0b\x32\x16.mlx_cluster.LogitBias\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_top_logprobs"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01"p\n\x07Sampled\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.mlx_cluster.TopLogprobB\n\n\x08_logprob")\n\tFailedRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t"u\n\x0bScoredToken\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12\x0f\n\x07logprob\x18\x04 \x01(\x01\x12$\n\x03top\x18\x05 \x03(\x0b\x32\x17.mlx_cluster.TopLogprob"(\n\tPooledRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02"\xa3\x02\n\x06Report\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x04\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x12\n\nsent_bytes\x18\x05 \x01(\x04\x12%\n\x07sampled\x18\x06 \x03(\x0b\x32\x14.mlx_cluster.Sampled\x12&\n\x06\x66\x61iled\x18\x07 \x03(\x0b\x32\x16.mlx_cluster.FailedRow\x12\x0f\n\x07missing\x18\x08 \x03(\r\x12(\n\x06scored\x18\t \x03(\x0b\x32\x18.mlx_cluster.ScoredToken\x12&\n\x06pooled\x18\n \x03(\x0b\x32\x16.mlx_cluster.PooledRow2I\n\x05Stage\x12@\n\x03Run\x12\x1a.mlx_cluster.EngineMessage\x1a\x19.mlx_cluster.StageMessage(\x01\x30\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmlx_cluster/_pb/stage.proto\x12\x0bmlx_cluster\"i\n\rEngineMessage\x12-\n\nmicrobatch\x18\x01 \x01(\x0b\x32\x17.mlx_cluster.MicrobatchH\x00\x12!\n\x04tick\x18\x02 \x01(\x0b\x32\x11.mlx_cluster.TickH\x00\x42\x06\n\x04kind\"\xba\x01\n\x0cStageMessage\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x13.mlx_cluster.ReportH\x00\x12!\n\x04tick\x18\x02 \x01(\x0b\x32\x11.mlx_cluster.TickH\x00\x12,\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x19.mlx_cluster.StageFailureH\x00\x12*\n\x05saved\x18\x04 \x01(\x0b\x32\x19.mlx_cluster.SavedEntriesH\x00\x42\x06\n\x04kind\"5\n\x04Tick\x12$\n\x04held\x18\x01 \x01(\x0b\x32\x11.mlx_cluster.HeldH\x00\x88\x01\x01\x42\x07\n\x05_held\"%\n\x04Held\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\r\"-\n\x0cStageFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x9e\x02\n\nMicrobatch\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04kind\x18\x02 \x01(\r\x12\r\n\x05group\x18\x03 \x01(\r\x12\x0e\n\x06sample\x18\x04 \x01(\x08\x12\x0c\n\x04rows\x18\x05 \x03(\r\x12\x0e\n\x06tokens\x18\x06 \x03(\r\x12#\n\x05\x61\x64mit\x18\x07 \x03(\x0b\x32\x14.mlx_cluster.RowSpec\x12\x0f\n\x07release\x18\x08 \x03(\r\x12\x0f\n\x07lengths\x18\t \x03(\r\x12!\n\x05store\x18\n \x03(\x0b\x32\x12.mlx_cluster.Store\x12\x1f\n\x04load\x18\x0b \x03(\x0b\x32\x11.mlx_cluster.Load\x12\r\n\x05\x65vict\x18\x0c \x03(\r\x12\x1f\n\x04trim\x18\r \x03(\x0b\x32\x11.mlx_cluster.Trim\"#\n\x04Trim\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\r\"U\n\x05Store\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05\x65ntry\x18\x02 \x01(\r\x12&\n\x05saved\x18\x03 \x01(\x0b\x32\x12.mlx_cluster.SavedH\x00\x88\x01\x01\x42\x08\n\x06_saved\"5\n\x05Saved\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04salt\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\r\"3\n\x0cSavedEntries\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.mlx_cluster.Saved\"B\n\x04Load\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05\x65ntry\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\x9c\x02\n\x07RowSpec\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\'\n\x08sampling\x18\x02 \x01(\x0b\x32\x15.mlx_cluster.Sampling\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12\x15\n\rprompt_length\x18\x05 \x01(\r\x12\x0f\n\x07history\x18\x06 \x03(\r\x12*\n\x07grammar\x18\x07 \x01(\x0b\x32\x14.mlx_cluster.GrammarH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04pool\x18\n \x01(\tB\n\n\x08_grammarB\x12\n\x10_prompt_logprobs\"\'\n\x07Grammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"\x83\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12*\n\nlogit_bias\x18\t \x03(\x0b\x32\x16.mlx_cluster.LogitBias\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_top_logprobs\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"p\n\x07Sampled\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.mlx_cluster.TopLogprobB\n\n\x08_logprob\")\n\tFailedRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"u\n\x0bScoredToken\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12\x0f\n\x07logprob\x18\x04 \x01(\x01\x12$\n\x03top\x18\x05 \x03(\x0b\x32\x17.mlx_cluster.TopLogprob\"(\n\tPooledRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\"\xa3\x02\n\x06Report\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x04\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x17\n\x0f\x63ompute_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x12\n\nsent_bytes\x18\x05 \x01(\x04\x12%\n\x07sampled\x18\x06 \x03(\x0b\x32\x14.mlx_cluster.Sampled\x12&\n\x06\x66\x61iled\x18\x07 \x03(\x0b\x32\x16.mlx_cluster.FailedRow\x12\x0f\n\x07missing\x18\x08 \x03(\r\x12(\n\x06scored\x18\t \x03(\x0b\x32\x18.mlx_cluster.ScoredToken\x12&\n\x06pooled\x18\n \x03(\x0b\x32\x16.mlx_cluster.PooledRow2I\n\x05Stage\x12@\n\x03Run\x12\x1a.mlx_cluster.EngineMessage\x1a\x19.mlx_cluster.StageMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "mlx_cluster._pb.stage_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mlx_cluster._pb.stage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_ENGINEMESSAGE"]._serialized_start = 44
-    _globals["_ENGINEMESSAGE"]._serialized_end = 149
-    _globals["_STAGEMESSAGE"]._serialized_start = 152
-    _globals["_STAGEMESSAGE"]._serialized_end = 338
-    _globals["_TICK"]._serialized_start = 340
-    _globals["_TICK"]._serialized_end = 393
-    _globals["_HELD"]._serialized_start = 395
-    _globals["_HELD"]._serialized_end = 432
-    _globals["_STAGEFAILURE"]._serialized_start = 434
-    _globals["_STAGEFAILURE"]._serialized_end = 479
-    _globals["_MICROBATCH"]._serialized_start = 482
-    _globals["_MICROBATCH"]._serialized_end = 768
-    _globals["_TRIM"]._serialized_start = 770
-    _globals["_TRIM"]._serialized_end = 805
-    _globals["_STORE"]._serialized_start = 807
-    _globals["_STORE"]._serialized_end = 892
-    _globals["_SAVED"]._serialized_start = 894
-    _globals["_SAVED"]._serialized_end = 947
-    _globals["_SAVEDENTRIES"]._serialized_start = 949
-    _globals["_SAVEDENTRIES"]._serialized_end = 1000
-    _globals["_LOAD"]._serialized_start = 1002
-    _globals["_LOAD"]._serialized_end = 1068
-    _globals["_ROWSPEC"]._serialized_start = 1071
-    _globals["_ROWSPEC"]._serialized_end = 1355
-    _globals["_GRAMMAR"]._serialized_start = 1357
-    _globals["_GRAMMAR"]._serialized_end = 1396
-    _globals["_SAMPLING"]._serialized_start = 1399
-    _globals["_SAMPLING"]._serialized_end = 1658
-    _globals["_LOGITBIAS"]._serialized_start = 1660
-    _globals["_LOGITBIAS"]._serialized_end = 1703
-    _globals["_TOPLOGPROB"]._serialized_start = 1705
-    _globals["_TOPLOGPROB"]._serialized_end = 1752
-    _globals["_SAMPLED"]._serialized_start = 1754
-    _globals["_SAMPLED"]._serialized_end = 1866
-    _globals["_FAILEDROW"]._serialized_start = 1868
-    _globals["_FAILEDROW"]._serialized_end = 1909
-    _globals["_SCOREDTOKEN"]._serialized_start = 1911
-    _globals["_SCOREDTOKEN"]._serialized_end = 2028
-    _globals["_POOLEDROW"]._serialized_start = 2030
-    _globals["_POOLEDROW"]._serialized_end = 2070
-    _globals["_REPORT"]._serialized_start = 2073
-    _globals["_REPORT"]._serialized_end = 2364
-    _globals["_STAGE"]._serialized_start = 2366
-    _globals["_STAGE"]._serialized_end = 2439
+  DESCRIPTOR._loaded_options = None
+  _globals['_ENGINEMESSAGE']._serialized_start=44
+  _globals['_ENGINEMESSAGE']._serialized_end=149
+  _globals['_STAGEMESSAGE']._serialized_start=152
+  _globals['_STAGEMESSAGE']._serialized_end=338
+  _globals['_TICK']._serialized_start=340
+  _globals['_TICK']._serialized_end=393
+  _globals['_HELD']._serialized_start=395
+  _globals['_HELD']._serialized_end=432
+  _globals['_STAGEFAILURE']._serialized_start=434
+  _globals['_STAGEFAILURE']._serialized_end=479
+  _globals['_MICROBATCH']._serialized_start=482
+  _globals['_MICROBATCH']._serialized_end=768
+  _globals['_TRIM']._serialized_start=770
+  _globals['_TRIM']._serialized_end=805
+  _globals['_STORE']._serialized_start=807
+  _globals['_STORE']._serialized_end=892
+  _globals['_SAVED']._serialized_start=894
+  _globals['_SAVED']._serialized_end=947
+  _globals['_SAVEDENTRIES']._serialized_start=949
+  _globals['_SAVEDENTRIES']._serialized_end=1000
+  _globals['_LOAD']._serialized_start=1002
+  _globals['_LOAD']._serialized_end=1068
+  _globals['_ROWSPEC']._serialized_start=1071
+  _globals['_ROWSPEC']._serialized_end=1355
+  _globals['_GRAMMAR']._serialized_start=1357
+  _globals['_GRAMMAR']._serialized_end=1396
+  _globals['_SAMPLING']._serialized_start=1399
+  _globals['_SAMPLING']._serialized_end=1658
+  _globals['_LOGITBIAS']._serialized_start=1660
+  _globals['_LOGITBIAS']._serialized_end=1703
+  _globals['_TOPLOGPROB']._serialized_start=1705
+  _globals['_TOPLOGPROB']._serialized_end=1752
+  _globals['_SAMPLED']._serialized_start=1754
+  _globals['_SAMPLED']._serialized_end=1866
+  _globals['_FAILEDROW']._serialized_start=1868
+  _globals['_FAILEDROW']._serialized_end=1909
+  _globals['_SCOREDTOKEN']._serialized_start=1911
+  _globals['_SCOREDTOKEN']._serialized_end=2028
+  _globals['_POOLEDROW']._serialized_start=2030
+  _globals['_POOLEDROW']._serialized_end=2070
+  _globals['_REPORT']._serialized_start=2073
+  _globals['_REPORT']._serialized_end=2364
+  _globals['_STAGE']._serialized_start=2366
+  _globals['_STAGE']._serialized_end=2439
 # @@protoc_insertion_point(module_scope)
