@@ -8,7 +8,7 @@ Invariant: a client that leaves cancels its work, streaming or not.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, MutableMapping
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -71,23 +71,50 @@ def _too_large(max_bytes: int) -> PayloadTooLarge:
 
 async def send_within(send: Send, message: Message, seconds: float) -> None:
     """Send one ASGI message. Raises ``ClientGone`` when the client does not take it in time, or is not there."""
-    try:
-        async with asyncio.timeout(seconds):
-            await send(message)
-    except (TimeoutError, OSError):
-        raise ClientGone from None
+    if not await send_before(send, message, seconds):
+        raise ClientGone
 
 
 async def send_before(send: Send, message: Message, seconds: float) -> bool:
     """Send one ASGI message; False when the client did not take it in time. Raises ``ClientGone`` when it left."""
+    steps = send(message).__await__()
+    try:
+        # A server nearly always has room for a message, and sends it without waiting: a deadline for each one would
+        # cost more than the message. Only where it does wait, it goes on under one.
+        waits_for = next(steps)
+    except StopIteration:
+        return True
+    except OSError:
+        raise ClientGone from None
     try:
         async with asyncio.timeout(seconds):
-            await send(message)
+            await _Rest(waits_for, steps)
     except TimeoutError:
         return False
     except OSError:
         raise ClientGone from None
     return True
+
+
+class _Rest:
+    """What is left of an awaitable that was begun by hand: ``waits_for`` is what it waits for first."""
+
+    def __init__(self, waits_for: Any, steps: Generator[Any, Any, Any]) -> None:
+        self._waits_for, self._steps = waits_for, steps
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        waits_for = self._waits_for
+        while True:
+            thrown: BaseException | None = None
+            answer: Any = None
+            try:
+                answer = yield waits_for
+            except BaseException as error:  # noqa: BLE001 - handed on: whoever waits hears of it, cancelling included
+                thrown = error
+            try:
+                waits_for = self._steps.send(answer) if thrown is None else self._steps.throw(thrown)
+            except StopIteration as end:
+                return end.value
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -22,6 +22,7 @@ from mlx_cluster.errors import ClusterError, DeadlineExceeded, Unavailable
 from mlx_cluster.gateway.attempts import Broken, Patience, attempts
 from mlx_cluster.gateway.choice import Choice, Piece
 from mlx_cluster.gateway.echo import Echoed, Echoes
+from mlx_cluster.gateway.mailbox import Mailbox
 from mlx_cluster.gateway.parts import Marked, Part
 from mlx_cluster.gateway.prepare import Prepared
 from mlx_cluster.gateway.splitter import Splitter
@@ -104,7 +105,7 @@ class Session:
         self._metrics = metrics
         self._started_at = started_at
         self._deadline = started_at + limits.first_token_seconds
-        self._queue: asyncio.Queue[tuple[int, Item]] = asyncio.Queue(QUEUE_EVENTS)
+        self._queue: Mailbox[tuple[int, Item]] = Mailbox(QUEUE_EVENTS)
         self._backlog: list[tuple[int, Item]] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._not_admitted = set(range(len(prepared.sequences)))
@@ -145,6 +146,7 @@ class Session:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._queue.close()
         for pump in self._pumps:
             pump.cancel()
         _, late = await asyncio.wait(self._pumps, timeout=CLOSE_SECONDS)
@@ -273,8 +275,7 @@ class Session:
             if now >= deadline:
                 raise self._too_late()
             try:
-                async with asyncio.timeout_at(min(deadline, now + self._limits.keepalive_seconds)):
-                    items.append(await self._queue.get())
+                items.append(await self._queue.get_until(min(deadline, now + self._limits.keepalive_seconds)))
             except TimeoutError:
                 return []
         while not self._queue.empty():
