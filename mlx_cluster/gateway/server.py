@@ -65,6 +65,8 @@ class GatewayServer:
             server_header=False,
             proxy_headers=False,
             ws="none",
+            # Written in C: a third of the time that the other one takes to frame a token.
+            http="httptools",
             timeout_keep_alive=75,
         )
         self._server = _Server(config)
