@@ -65,7 +65,7 @@ class GatewayServer:
             server_header=False,
             proxy_headers=False,
             ws="none",
-            # Written in C: a third of the time that the other one takes to frame a token.
+            # Named, so that what frames each token does not depend on what else is installed.
             http="httptools",
             timeout_keep_alive=75,
         )
