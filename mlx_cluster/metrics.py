@@ -18,6 +18,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds to the first token: from a cached prompt on a fast machine to a long prompt behind a full queue.
 TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
 DURATION_BUCKETS = (0.01, 0.05, 0.25, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+RECOVERY_BUCKETS = (0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 10.0, 20.0, 60.0, 300.0)
 
 
 class GatewayMetrics:
@@ -156,12 +157,39 @@ class EngineCollector(Collector):
         yield busy
 
 
+class ClusterMetrics:
+    """What an agent counts of its cluster."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.transitions = Counter(
+            "mlx_cluster_transitions",
+            "Changes of nodes, coordinator, quorum and document that this node has noticed",
+            ["kind"],
+            registry=registry,
+        )
+        self.recovery_seconds = Histogram(
+            "mlx_cluster_recovery_seconds",
+            "Seconds from the loss of a pipeline that this node drives until it served again",
+            buckets=RECOVERY_BUCKETS,
+            registry=registry,
+        )
+        self.term = Gauge("mlx_cluster_term", "The election term that this node is in", registry=registry)
+        self.leads = Gauge("mlx_cluster_leads", "1 while this node is the coordinator", registry=registry)
+        self.has_quorum = Gauge(
+            "mlx_cluster_has_quorum", "1 while this node knows a coordinator that a majority follows", registry=registry
+        )
+        self.nodes = Gauge(
+            "mlx_cluster_nodes", "Nodes in each state, as this node sees them", ["state"], registry=registry
+        )
+
+
 class Metrics:
     """The metrics of one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.gateway = GatewayMetrics(self.registry)
+        self.cluster = ClusterMetrics(self.registry)
 
     def watch_engines(self, statistics: EngineStatistics) -> None:
         """Show the engines of this node, which come and go."""

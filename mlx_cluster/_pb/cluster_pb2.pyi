@@ -107,3 +107,11 @@ class StopStageRequest(_message.Message):
     epoch: str
     reason: str
     def __init__(self, pipeline: _Optional[str] = ..., stage: _Optional[int] = ..., epoch: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class VoteMessage(_message.Message):
+    __slots__ = ("cluster", "message_json")
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_JSON_FIELD_NUMBER: _ClassVar[int]
+    cluster: str
+    message_json: str
+    def __init__(self, cluster: _Optional[str] = ..., message_json: _Optional[str] = ...) -> None: ...

@@ -12,8 +12,9 @@ import typer
 
 from mlx_cluster.cli.chat import chat
 from mlx_cluster.cli.config import explain
+from mlx_cluster.cli.coordinator import coordinator_app
 from mlx_cluster.cli.doctor import doctor
-from mlx_cluster.cli.node import node
+from mlx_cluster.cli.node import node_app
 from mlx_cluster.cli.plan import plan
 from mlx_cluster.cli.status import status
 from mlx_cluster.cli.up import up
@@ -31,7 +32,8 @@ app = typer.Typer(
 config_app = typer.Typer(help="Settings and where they come from.", no_args_is_help=True)
 config_app.command("explain")(explain)
 app.command("up")(up)
-app.command("node")(node)
+app.add_typer(node_app, name="node")
+app.add_typer(coordinator_app, name="coordinator")
 app.command("status")(status)
 app.command("plan")(plan)
 app.command("chat")(chat)

@@ -1,10 +1,11 @@
-"""``mlx-cluster node``: run this machine's agent."""
+"""``mlx-cluster node``: run this machine's agent; ``node drain`` and ``node undrain`` for any of them."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +22,12 @@ ORPHAN_GRACE_SECONDS = 6.0
 ORPHAN_EXIT_CODE = 3
 
 
+node_app = typer.Typer(help="Run the agent of one node, or take work off a node.")
+
+
+@node_app.callback(invoke_without_command=True)
 def node(
+    context: typer.Context,
     config: ConfigDir = None,
     node_id: Annotated[
         str | None,
@@ -36,6 +42,8 @@ def node(
     lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True)] = False,
 ) -> None:
     """Run the agent of one node until SIGTERM or Ctrl-C."""
+    if context.invoked_subcommand is not None:
+        return
     if config is None:
         raise ConfigError("--config is missing: name the directory that holds cluster.yaml", key="config")
     manual = {"network.insecure": True} if insecure else {}
@@ -47,6 +55,34 @@ def node(
 
     code = run_node(loaded, name)
     raise typer.Exit(ORPHAN_EXIT_CODE if orphaned else code)
+
+
+@node_app.command("drain")
+def drain(
+    name: Annotated[str, typer.Argument(help="Name or id of the node.")],
+    url: Annotated[str | None, typer.Option("--url", help="Of any node's admin API.")] = None,
+    config: ConfigDir = None,
+) -> None:
+    """Move a node's work to the others and give it no more."""
+    _set_drained(name, "drain", url, config)
+    typer.echo(f"{name} is drained: it gets no new work, and what it holds moves as soon as the others can take it")
+
+
+@node_app.command("undrain")
+def undrain(
+    name: Annotated[str, typer.Argument(help="Name or id of the node.")],
+    url: Annotated[str | None, typer.Option("--url", help="Of any node's admin API.")] = None,
+    config: ConfigDir = None,
+) -> None:
+    """Let a drained node work again."""
+    _set_drained(name, "undrain", url, config)
+    typer.echo(f"{name} may get work again")
+
+
+def _set_drained(name: str, verb: str, url: str | None, config: Path | None) -> None:
+    from mlx_cluster.cli.coordinator import ask
+
+    ask("POST", f"/nodes/{name}/{verb}", {}, url, config)
 
 
 def find_own_node(settings: Settings, ref: str | None, hostname: str) -> str:

@@ -58,15 +58,21 @@ def _print(data: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mlx_cluster.cli.coordinator import coordinator_lines, recovery_lines
     from mlx_cluster.cli.view import ClusterView
     from mlx_cluster.config.quantity import format_bytes
 
     view = ClusterView.from_json(data)
     console = Console()
-    console.print(f"cluster {view.cluster}, coordinator {view.coordinator}", highlight=False)
-    nodes = Table("node", "id", "state", "pid", "host", "gateway")
+    console.print(f"cluster {view.cluster}", highlight=False)
+    for line in coordinator_lines(data):
+        console.print(line, highlight=False, markup=False)
+    nodes = Table("node", "id", "state", "pid", "host", "gateway", "detail")
     for node in view.nodes:
-        nodes.add_row(node.name, str(node.node_id), node.state, str(node.pid or ""), node.host, node.gateway_url)
+        state = f"{node.state}, drained" if node.drained else node.state
+        nodes.add_row(
+            node.name, str(node.node_id), state, str(node.pid or ""), node.host, node.gateway_url, node.detail
+        )
     console.print(nodes)
     pipelines = Table("model", "state", "epoch", "stages", "memory", "transport", "detail")
     for p in view.pipelines:
@@ -81,3 +87,6 @@ def _print(data: dict[str, Any]) -> None:
             p.detail,
         )
     console.print(pipelines)
+    recoveries = recovery_lines(data)
+    if recoveries:
+        console.print("last recoveries", *recoveries, sep="\n", highlight=False, markup=False)

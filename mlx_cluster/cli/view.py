@@ -46,6 +46,8 @@ class NodeView:
     host: str = ""
     gateway_url: str = ""
     pid: int | None = None
+    drained: bool = False
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class ClusterView:
                 host=node.get("host") or "",
                 gateway_url=node.get("gateway_url") or "",
                 pid=node.get("pid"),
+                drained=bool(node.get("drained")),
+                detail=node.get("detail") or "",
             )
             for node in data.get("nodes", ())
         )

@@ -112,7 +112,7 @@ class Coordinator:
         version = _next_version(document, view.living)
         self._place.observe(view.living)
         plans, unplaced = self._place_missing(view, document, version)
-        plans = self._improve(plans, view, version, now)
+        plans = self._improve(plans, view, _fit(view.living, document.drained), version, now)
         members = tuple(n.member for n in view.nodes)
         wanted = replace(document, plans=tuple(plans), members=members, term=leadership.term)
         torn = any(s.document == document.rank and s.document_hash != document.hash() for s in view.living)
@@ -129,7 +129,10 @@ class Coordinator:
 
         Models that are there only as a fallback come last, and only while somebody needs them.
         """
-        going_on = [p for p in document.plans if p.model.id in self._models and self._keeps(p, view)]
+        fit = _fit(view.living, document.drained)
+        able = [p for p in document.plans if p.model.id in self._models and self._keeps(p, view, fit)]
+        leaving = [p for p in able if any(stage.node_id in document.drained for stage in p.stages)]
+        going_on = [p for p in able if p not in leaving]
         chosen: dict[str, list[Plan]] = {}
         unplaced: list[tuple[str, str]] = []
         for model_id, entry in sorted(self._models.items(), key=lambda item: item[1].serve == "fallback"):
@@ -142,15 +145,17 @@ class Coordinator:
             placed = [p for plans in chosen.values() for p in plans]
             kept = [*placed, *(p for p in going_on if p.model.id not in chosen)]
             try:
-                new = self._place.place(model_id, entry, view.living, version, kept)
+                new = self._place.place(model_id, entry, fit, version, kept)
             except (PlanError, UnsupportedModel) as error:
+                # A drained node goes on while the others cannot hold what it holds.
+                chosen[model_id] += [p for p in leaving if p.model.id == model_id][:missing]
                 if not chosen[model_id]:
                     unplaced.append((model_id, str(error)))
                 continue
             chosen[model_id] += new
             for plan in new:
                 self._own.add((plan.pipeline, plan.version))
-                self._weighed[plan.pipeline] = _holders(plan, view)
+                self._weighed[plan.pipeline] = _holders(plan, fit)
         return [p for model_id in self._models for p in chosen.get(model_id, [])], tuple(unplaced)
 
     def _stands_in(self, model_id: str, chosen: Mapping[str, Sequence[Plan]]) -> bool:
@@ -161,14 +166,16 @@ class Coordinator:
             if entry.serve == "always"
         )
 
-    def _improve(self, plans: list[Plan], view: ClusterView, version: int, now: float) -> list[Plan]:
+    def _improve(
+        self, plans: list[Plan], view: ClusterView, fit: tuple[NodeStatus, ...], version: int, now: float
+    ) -> list[Plan]:
         """Since a plan was weighed a node has come, or got the model: at a quiet moment a better plan follows."""
         running = {p.plan.pipeline: p.running for s in view.living for p in s.pipelines if p.state == "ready"}
         result: list[Plan] = []
         for plan in plans:
             entry = self._models[plan.model.id]
             known = self._weighed.setdefault(plan.pipeline, frozenset(s.node_id for s in plan.stages))
-            holders = _holders(plan, view)
+            holders = _holders(plan, fit)
             if running.get(plan.pipeline) != 0 or holders <= known or entry.replicas > 1:
                 self._quiet_since.pop(plan.pipeline, None)
                 result.append(plan)
@@ -177,15 +184,15 @@ class Coordinator:
                 result.append(plan)
                 continue
             self._weighed[plan.pipeline] = holders
-            better = self._place.better(plan, entry, view.living, version, plans)
+            better = self._place.better(plan, entry, fit, version, plans)
             if better is not None:
                 _log.info("a better plan", pipeline=plan.pipeline, version=version)
                 self._own.add((better.pipeline, better.version))
             result.append(better or plan)
         return result
 
-    def _keeps(self, plan: Plan, view: ClusterView) -> bool:
-        """Whether a plan goes on: it runs or was made by us, all its nodes live, and it is what the operator wants."""
+    def _keeps(self, plan: Plan, view: ClusterView, fit: Sequence[NodeStatus]) -> bool:
+        """Whether a plan can go on: it runs or was made by us, all its nodes live, it is what the operator wants."""
         if (plan.pipeline, plan.version) not in self._own:
             return False
         if any(view.is_dead(stage.node_id) for stage in plan.stages):
@@ -197,15 +204,16 @@ class Coordinator:
             facts = node.status.model(plan.model.id) if node and node.status else None
             if facts is not None and facts.manifest_hash != plan.model.manifest_hash:
                 return False
-        return self._is_wanted(plan, view)
+        return self._is_wanted(plan, view, fit)
 
-    def _is_wanted(self, plan: Plan, view: ClusterView) -> bool:
+    def _is_wanted(self, plan: Plan, view: ClusterView, fit: Sequence[NodeStatus]) -> bool:
         """Not when a manual split could be had that this plan is not."""
-        living = {s.node_id for s in view.living}
+        living = {s.node_id for s in fit}
         split = self._place.wanted_split(self._models[plan.model.id], living)
         holds = {stage.node_id: (stage.start, stage.end) for stage in plan.stages}
         can_split = bool(split) and all(
-            (node := view.node(node_id)) is not None
+            node_id in living
+            and (node := view.node(node_id)) is not None
             and node.state == "alive"
             and node.status is not None
             and node.status.model(plan.model.id) is not None
@@ -214,9 +222,14 @@ class Coordinator:
         return not can_split or holds == dict(split)
 
 
-def _holders(plan: Plan, view: ClusterView) -> frozenset[int]:
-    """The living nodes that could hold layers of this plan's model."""
-    return frozenset(s.node_id for s in view.living if s.model(plan.model.id) is not None)
+def _holders(plan: Plan, fit: Iterable[NodeStatus]) -> frozenset[int]:
+    """Those that could hold layers of this plan's model."""
+    return frozenset(s.node_id for s in fit if s.model(plan.model.id) is not None)
+
+
+def _fit(living: tuple[NodeStatus, ...], drained: tuple[int, ...]) -> tuple[NodeStatus, ...]:
+    """Who may get work: the living that are not drained; all of them when everybody is."""
+    return tuple(s for s in living if s.node_id not in drained) or living
 
 
 def _runs(plan: Plan, living: Iterable[NodeStatus]) -> bool:
@@ -232,7 +245,7 @@ def _next_version(document: ClusterDocument, living: Iterable[NodeStatus]) -> in
     """Above every version anybody has named, so that a lost state directory cannot bring back an old epoch."""
     named = [document.version, *(p.version for p in document.plans)]
     for status in living:
-        named += [status.document[1], *(epoch.version for _, epoch in status.epochs)]
+        named += [status.document[2], *(epoch.version for _, epoch in status.epochs)]
     return max(named) + 1
 
 

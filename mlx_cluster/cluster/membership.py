@@ -169,7 +169,7 @@ class Membership:
         if row.member.node_id == self._self_id and row.status is not None:
             return "alive"
         silence = now - row.last_heard
-        if row.status is None or silence > self._death_seconds:
+        if row.status is None or row.status.leaving or silence > self._death_seconds:
             return "dead"
         return "suspect" if silence > self._suspect_seconds else "alive"
 
@@ -178,6 +178,8 @@ class Membership:
             return row.refusal
         if row.status is None:
             return "not heard yet"
+        if row.status.leaving:
+            return "has left"
         if self._state(row, now) == "alive":
             return ""
         return f"silent for {now - row.last_heard:.1f} s"

@@ -20,6 +20,7 @@ import grpc
 from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.document import ClusterDocument
+from mlx_cluster.cluster.election.messages import Message
 from mlx_cluster.cluster.status import NodeStatus
 from mlx_cluster.errors import ClusterError, ConfigError, DeadlineExceeded, Unavailable
 from mlx_cluster.plan import Epoch, Plan
@@ -36,6 +37,7 @@ _UNARY: dict[str, tuple[Any, Any]] = {
     "PutDocument": (cluster_pb2.DocumentMessage, cluster_pb2.Ack),
     "LinkStage": (cluster_pb2.LinkStageRequest, cluster_pb2.Ack),
     "StopStage": (cluster_pb2.StopStageRequest, cluster_pb2.Ack),
+    "Vote": (cluster_pb2.VoteMessage, cluster_pb2.Ack),
 }
 
 
@@ -51,6 +53,10 @@ class ClusterHandler(Protocol):
     async def link_stage(self, request: cluster_pb2.LinkStageRequest) -> None: ...
 
     async def stop_stage(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None: ...
+
+    def vote(self, message: Message) -> None:
+        """Take in what another voter says; the answer, if any, is a message of its own."""
+        ...
 
 
 # -- the answering side ------------------------------------------------------------------------------
@@ -68,6 +74,7 @@ class ClusterService:
             "PutDocument": self._put_document,
             "LinkStage": self._link_stage,
             "StopStage": self._stop_stage,
+            "Vote": self._vote,
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -110,6 +117,17 @@ class ClusterService:
         return await _ack(
             self._handler.stop_stage(message.pipeline, message.stage, Epoch.parse(message.epoch), message.reason)
         )
+
+    async def _vote(self, message: cluster_pb2.VoteMessage, _context: Any) -> cluster_pb2.Ack:
+        async def answer() -> None:
+            self._check_cluster(message.cluster)
+            try:
+                said = Message.from_text(message.message_json)
+            except ValueError as error:
+                raise ConfigError(f"{error}: install the same version everywhere") from error
+            self._handler.vote(said)
+
+        return await _ack(answer())
 
     async def _start_stage(
         self, message: cluster_pb2.StartStageRequest, _context: Any
@@ -214,11 +232,11 @@ def _typed(name: str, code: grpc.StatusCode, details: str) -> ClusterError:
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 # gRPC waits up to two minutes before it dials a lost address again; a node that came back must be met within seconds.
-_CHANNEL_OPTIONS = [
+CHANNEL_OPTIONS = [
     *GRPC_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
@@ -287,7 +305,7 @@ class HeartbeatThread:
             self._thread.join(self._interval + 1.0)
 
     def _run(self) -> None:
-        channels = {i: grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) for i, address in self._peers.items()}
+        channels = {i: grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for i, address in self._peers.items()}
         calls = {
             node_id: channel.unary_unary(
                 f"/{SERVICE}/Heartbeat",

@@ -79,12 +79,25 @@ class PipelineStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Recovery:
+    """A pipeline was lost and serves again. ``at`` is when it did, in Unix seconds."""
+
+    pipeline: str
+    epoch: str
+    cause: str
+    seconds: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
     """Everything a node tells the others. ``sequence`` rises with every status of one boot.
 
-    ``document`` is the (term, version) of the newest cluster document this node has accepted and ``document_hash``
-    its digest; ``leader`` and ``term`` are whom it takes for the coordinator; ``unplaced`` (model, why) is filled by
-    the coordinator only.
+    ``document`` is the (era, term, version) of the newest cluster document this node has accepted and
+    ``document_hash`` its digest; ``leader`` and ``term`` are whom it takes for the coordinator; ``unplaced`` (model,
+    why) is filled by the coordinator only. ``voter`` is its id in the election, ``founded`` whether it knows a founded
+    cluster, ``backs`` the voter that it would have found one. ``health`` and ``load`` are in 0…1. ``leaving``: this is
+    its last word.
     """
 
     node_id: int
@@ -105,7 +118,7 @@ class NodeStatus:
     mpi: tuple[int, int] | None = None  # (rank, size) when mpirun started this agent
     leader: int | None = None
     term: int = 0
-    document: tuple[int, int] = (0, 0)
+    document: tuple[int, int, int] = (0, 0, 0)
     document_hash: str = ""
     models: tuple[ModelFacts, ...] = ()
     missing: tuple[tuple[str, str], ...] = ()  # (model, why this node cannot load it)
@@ -113,6 +126,13 @@ class NodeStatus:
     pipelines: tuple[PipelineStatus, ...] = ()
     epochs: tuple[tuple[str, Epoch], ...] = ()  # the highest epoch seen of each pipeline
     unplaced: tuple[tuple[str, str], ...] = ()
+    voter: str = ""
+    founded: bool = False
+    backs: str = ""
+    health: float = 1.0
+    load: float = 0.0
+    leaving: bool = False
+    recoveries: tuple[Recovery, ...] = ()  # the latest of the pipelines that this node drives
 
     def model(self, model_id: str) -> ModelFacts | None:
         return next((facts for facts in self.models if facts.id == model_id), None)
@@ -139,10 +159,10 @@ class NodeStatus:
     def from_json(cls, data: dict[str, Any]) -> NodeStatus:
         """Inverse of ``to_json``. Raises ``TypeError``, ``KeyError`` or ``ValueError`` on anything else."""
         data = dict(data)
-        term, version = data.pop("document")
+        era, term, version = data.pop("document")
         mpi = data.pop("mpi")
         return cls(
-            document=(term, version),
+            document=(era, term, version),
             mpi=(mpi[0], mpi[1]) if mpi is not None else None,
             transports=tuple(data.pop("transports")),
             models=tuple(_facts_from_json(facts) for facts in data.pop("models")),
@@ -163,6 +183,7 @@ class NodeStatus:
             ),
             epochs=tuple((pipeline, Epoch.parse(epoch)) for pipeline, epoch in data.pop("epochs")),
             unplaced=tuple((model, why) for model, why in data.pop("unplaced")),
+            recoveries=tuple(Recovery(**recovery) for recovery in data.pop("recoveries")),
             **data,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mlx_cluster.config.quantity import parse_bytes
 
@@ -66,9 +66,18 @@ class NodeEntry(Section):
     name: str | None = None
 
 
+class WitnessEntry(Section):
+    """A voter that runs no stage: the third voice of a cluster of two nodes."""
+
+    host: str
+    port: Port
+    state_dir: str | None = None
+
+
 class ClusterSection(Section):
     name: str = "mlx-cluster"
     nodes: tuple[NodeEntry, ...] = ()
+    witness: WitnessEntry | None = None
 
 
 class CoordinatorSection(Section):
@@ -77,6 +86,21 @@ class CoordinatorSection(Section):
     heartbeat_interval: Annotated[float, Field(gt=0)] = 1.0
     health_check_interval: Annotated[float, Field(gt=0)] = 5.0
     failure_threshold: Annotated[int, Field(ge=1)] = 3
+    # Seconds without a word from the coordinator until a voter stands: the shortest, and the longest (for those who
+    # should stand last). A node that is often late needs more; the loss of a coordinator is settled about halfway.
+    election_timeout_min: Annotated[float, Field(ge=0.1)] = 1.5
+    election_timeout_max: Annotated[float, Field(ge=0.2)] = 3.0
+    # The one node that may coordinate (its name or id), where disks do not outlive processes; there are no elections.
+    fixed: str | None = None
+
+    @model_validator(mode="after")
+    def _check_timeouts(self) -> CoordinatorSection:
+        if self.election_timeout_max <= self.election_timeout_min:
+            raise ValueError(
+                f"election_timeout_max {self.election_timeout_max:g} must be above election_timeout_min "
+                f"{self.election_timeout_min:g}: voters that stand at the same moment split the votes"
+            )
+        return self
 
 
 # Who may ask to be served how early: an engine takes the highest waiting priority first.

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,29 +21,33 @@ from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.coordinator import Coordinator, available_bytes, push
 from mlx_cluster.cluster.document import ClusterDocument
-from mlx_cluster.cluster.leader import Leadership, LowestLiveNode
+from mlx_cluster.cluster.election.messages import Message
+from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.membership import ClusterView, Membership
 from mlx_cluster.cluster.rpc import HeartbeatThread
 from mlx_cluster.cluster.status import NodeStatus
-from mlx_cluster.config.names import settings_of_node
 from mlx_cluster.config.quantity import parse_bytes
 from mlx_cluster.config.schema import Settings
 from mlx_cluster.errors import ClusterError, Fenced
-from mlx_cluster.node import machine
+from mlx_cluster.metrics import Metrics
+from mlx_cluster.node import authority, machine
 from mlx_cluster.node.bringup import EngineMaker, PipelineDriver, StageAgent, Timing
 from mlx_cluster.node.drivers import Drivers
+from mlx_cluster.node.history import History
 from mlx_cluster.node.identity import Identity, ipv4_of
 from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.models import LocalModels
-from mlx_cluster.node.mpi import rank_and_size
 from mlx_cluster.node.peers import OwnAgent, Peers
 from mlx_cluster.node.placer import ClusterPlacer, with_transport
 from mlx_cluster.node.stages import StageHost, StageStarter
 from mlx_cluster.node.state import NodeState
+from mlx_cluster.node.watch import NodeWatch
+from mlx_cluster.node.word import OwnWord, Voice
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.stage.spec import DiskSpec, StageSpec
 
 DOCUMENT_WAIT_SECONDS = 10.0  # a driver may know a document a moment before the others
+SHORTEST_BEAT_SECONDS = 0.05  # however much happens, decisions are this far apart
 STALE_HEARTBEATS = 10  # an event loop that was silent for so many intervals is frozen: its node must look dead
 
 _log = log.get(__name__)
@@ -68,23 +70,32 @@ class Agent:
         self.settings, self.identity, self.models = settings, identity, models
         self._make_engine, self._timing, self._clock = make_engine, timing, clock
         self._version = machine.versions()
-        self._boot_id, self._sequence = secrets.token_hex(6), 0
         self._started = clock()
+        self.metrics = Metrics()
+        self.history = History(self.metrics.cluster)
         section = settings.coordinator
         self._interval = section.heartbeat_interval
         self.state = NodeState(identity.state_dir, settings.cluster.name)
         self._membership = Membership(
             identity.node_id, identity.members, self._version, self._interval, section.failure_threshold, self._started
         )
-        self._leader_choice = LowestLiveNode(identity.node_id, self.state.document.term)
+        self.authority = authority.choose(
+            identity,
+            settings,
+            self.history,
+            self.state.document.term,
+            on_document=self._take_committed,
+            on_change=self._office_changed,
+            clock=clock,
+            max_stale_seconds=STALE_HEARTBEATS * self._interval,
+        )
         self._leadership = Leadership(None, self.state.document.term)
         self._coordinator = Coordinator(
             settings.models, ClusterPlacer(settings), settings.network.transport, self._started
         )
         self._unplaced: tuple[tuple[str, str], ...] = ()
-        budget = settings_of_node(settings, identity.entry).memory_budget
-        self._total_bytes = min(machine.total_bytes(), parse_bytes(budget)) if budget else machine.total_bytes()
-        self._free_bytes = machine.free_bytes()
+        self._word = OwnWord(settings, identity, self._version)
+        self._leaving = False
         self.stages = StageHost(
             self.state,
             self._make_spec,
@@ -101,7 +112,8 @@ class Agent:
         self._converge_needed = asyncio.Event()
         self._document_changed = asyncio.Condition()
         self._change_pending = False
-        self._known_boots: Mapping[int, str | None] = {}
+        self._watch = NodeWatch(self.history, self.metrics.cluster)
+        self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heartbeats = HeartbeatThread(
             identity.peers,
@@ -131,16 +143,27 @@ class Agent:
         """What this node believes now."""
         return self.view, self._leadership, self.state.document
 
+    def office(self) -> dict[str, Any]:
+        """Who leads and why, as this node sees it, and what has happened lately."""
+        return {"election": self.authority.report(self.view), **self.history.to_json()}
+
     async def run(self) -> None:
         """Beat, converge and look after the machine, until cancelled."""
         self._heartbeats.start()
+        self.authority.start()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beat(), name="heartbeat")
             group.create_task(self._converge_always(), name="converge")
             group.create_task(self._check_machine(), name="machine")
 
     async def stop(self, grace_seconds: float) -> None:
-        """End drivers and stage processes; running requests hear that the node is stopping."""
+        """Leave in good order: the others are told first, then drivers and stage processes end.
+
+        Running requests hear that the node is stopping.
+        """
+        self._leaving = True
+        await self.authority.stop()
+        self._publish(at_once=True)
         for task in list(self._tasks):
             task.cancel()
         await self.drivers.end_all_but(())
@@ -151,28 +174,47 @@ class Agent:
     # -- the heartbeat of decisions ----------------------------------------------------------------------
 
     async def _beat(self) -> None:
+        """Once per interval, and at once when something has happened that a decision may depend on."""
         while True:
+            self._wake.clear()
             self._decide()
-            self._publish(at_once=False)
-            await asyncio.sleep(self._interval)
+            self._publish(at_once=self._said_of_office != self._office())
+            due = self._clock() + self._interval
+            await asyncio.sleep(SHORTEST_BEAT_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval - SHORTEST_BEAT_SECONDS):
+                    await self._wake.wait()
+            if not self._wake.is_set():
+                self._word.late_seconds = self._clock() - due
 
     def _decide(self) -> None:
         now = self._clock()
         self.view = self._membership.tick(now)
-        self._notice_nodes()
-        self._leadership = self._leader_choice.observe(self.view)
+        if self._watch.look(self.view):
+            self.drivers.nodes_changed()
+        self._leadership = self.authority.observe(self.view, self.state.document)
+        self.metrics.cluster.term.set(self._leadership.term)
+        self.metrics.cluster.leads.set(self.leads)
+        self.metrics.cluster.has_quorum.set(self._leadership.node_id is not None)
+        if not self._confirmed and self._leader_confirms():
+            self._confirmed = True
+            self._converge_needed.set()
+        if self.leads and (why := self.authority.waiting()):
+            _log.debug("coordinator waits", reason=why)
+            return
         decision = self._coordinator.decide(self.view, self._leadership, self.state.document, now)
         self._unplaced = decision.unplaced
         if decision.waiting:
             _log.debug("coordinator waits", reason=decision.waiting)
         if decision.commit is not None:
-            _log.info("document committed", rank=decision.commit.rank, plans=_describe(decision.commit))
-            self._take(decision.commit)
-        elif not self._confirmed and self._leader_confirms():
-            self._confirmed = True
-            self._converge_needed.set()
-        if decision.push:
-            self._spawn(push(self.state.document, decision.push, self.peers.put_document), "push document")
+            self.authority.commit(decision.commit)
+        told = tuple(n for n in decision.push if self.leads and self._must_be_told(n))
+        if told:
+            self._spawn(push(self.state.document, told, self.peers.put_document), "push document")
+
+    def _must_be_told(self, node_id: int) -> bool:
+        node = self.view.node(node_id)
+        return node is not None and node.status is not None and self.authority.tells(node.status.voter)
 
     def _leader_confirms(self) -> bool:
         """Whether the living leader works, in its present term, with the very document that this node remembers."""
@@ -181,19 +223,24 @@ class Agent:
             return False
         word = leader.status
         ours = self.state.document
-        return word.document == ours.rank and word.document_hash == ours.hash() and word.document[0] == word.term
+        return word.document == ours.rank and word.document_hash == ours.hash() and word.document[1] == word.term
 
-    def _notice_nodes(self) -> None:
-        """Tell the drivers when somebody died, came, or came back as another boot."""
-        boots = {n.node_id: n.status.boot_id if n.status and n.state != "dead" else None for n in self.view.nodes}
-        if boots == self._known_boots:
-            return
-        for node_id, boot in boots.items():
-            if boot != self._known_boots.get(node_id):
-                state = "alive" if boot else "dead"
-                _log.info("node " + state, node=self.view.name_of(node_id), boot=boot)
-        self._known_boots = boots
-        self.drivers.nodes_changed()
+    def _office(self) -> tuple[Leadership, Voice]:
+        return self._leadership, Voice(self.authority.voter, self.authority.founded, self.authority.backs)
+
+    def _office_changed(self) -> None:
+        """Somebody else leads, or this voter has become another: look at once."""
+        self._wake.set()
+
+    def _take_committed(self, document: ClusterDocument) -> None:
+        """The election (or the fixed coordinator, this node) has decided."""
+        try:
+            self._take(document)
+        except ClusterError as error:
+            _log.warning("a committed document is not taken", rank=document.rank, reason=str(error))
+        else:
+            self.history.note("document_committed", rank=list(document.rank), plans=_describe(document))
+            self._wake.set()
 
     def _take(self, document: ClusterDocument) -> None:
         """Accept a document and have everything follow it. Raises as ``document.accept``."""
@@ -210,7 +257,7 @@ class Agent:
     async def _check_machine(self) -> None:
         """The slow look: free memory, and models that have been copied here meanwhile."""
         while True:
-            self._free_bytes = await asyncio.to_thread(machine.free_bytes)
+            await asyncio.to_thread(self._word.look)
             if await self.models.refresh():
                 self._change()
             await asyncio.sleep(self.settings.coordinator.health_check_interval)
@@ -218,38 +265,17 @@ class Agent:
     # -- what this node says and hears ---------------------------------------------------------------------
 
     def _make_status(self) -> NodeStatus:
-        identity = self.identity
-        self._sequence += 1
-        held = self.stages.statuses()
-        # A budget caps what stages may take together; what they hold already is no longer free.
-        free = min(self._free_bytes, max(0, self._total_bytes - sum(s.memory_bytes for s in held)))
-        return NodeStatus(
-            node_id=identity.node_id,
-            name=identity.name,
-            pid=os.getpid(),
-            host=identity.host,
-            machine=machine.name(),
-            boot_id=self._boot_id,
-            sequence=self._sequence,
-            version=self._version,
-            gateway_url=identity.gateway_url,
-            admin_url=identity.admin_url,
-            comms_address=identity.comms_address,
-            memory_total_bytes=self._total_bytes,
-            memory_free_bytes=free,
-            cores=machine.cores(),
-            transports=machine.transports(),
-            mpi=rank_and_size(os.environ),
-            leader=self._leadership.node_id,
-            term=self._leadership.term,
-            document=self.state.document.rank,
-            document_hash=self.state.document.hash(),
-            models=self.models.facts,
-            missing=self.models.missing,
-            stages=held,
+        self._said_of_office = self._office()
+        return self._word.say(
+            *self._said_of_office,
+            self.state.document,
+            self.models,
+            stages=self.stages.statuses(),
             pipelines=self.drivers.statuses(),
             epochs=self.state.epochs,
             unplaced=self._unplaced,
+            recoveries=self.history.recoveries,
+            leaving=self._leaving,
         )
 
     def _publish(self, *, at_once: bool) -> None:
@@ -281,9 +307,16 @@ class Agent:
 
     def heartbeat(self, status: NodeStatus) -> NodeStatus:
         now = self._clock()
+        node = self.view.node(status.node_id)
+        before = node.status if node is not None else None
         if self._membership.heard(status, now):
             self.view = self._membership.view(now)
+            if before is None or _weighs(status) != _weighs(before):
+                self._wake.set()
         return self.status
+
+    def vote(self, message: Message) -> None:
+        self.authority.hear(message)
 
     async def put_document(self, document: ClusterDocument) -> None:
         self._take(document)
@@ -407,6 +440,11 @@ class Agent:
 def _without_transport(plan: Plan) -> Plan:
     """The driver may choose another kind of link than the document says, and nothing else."""
     return replace(plan, transport="", transport_reason="")
+
+
+def _weighs(status: NodeStatus) -> tuple[object, ...]:
+    """What of a status a decision may depend on at once."""
+    return status.boot_id, status.leaving, status.founded, status.backs, status.voter, status.document, status.missing
 
 
 def _describe(document: ClusterDocument) -> dict[str, list[str]]:

@@ -1,12 +1,15 @@
-"""The node's own HTTP applications: admin, node API and health. All of them only read.
+"""The node's own HTTP applications: admin, node API and health.
 
-Owns: their routes and statuses. Does not own: what they say (``report``), serving (``gateway.server``).
-Invariant: /readyz answers 200 only while a model can be served; every answer but /metrics and probes is JSON.
+Owns: their routes and statuses. Does not own: what they say (``report``), what an operator may do (``operator``),
+serving (``gateway.server``).
+Invariant: only POST and DELETE of the admin application change anything, and no web page can send them; /readyz
+answers 200 only while a model can be served; every answer but /metrics and probes is JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,18 +19,36 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mlx_cluster.cluster.status import NodeStatus
+from mlx_cluster.errors import ClusterError, ConfigError
 from mlx_cluster.metrics import CONTENT_TYPE, EngineStatistics, Metrics
 from mlx_cluster.node import report
+from mlx_cluster.node.operator import FORWARDED, Operator, status_of
 from mlx_cluster.node.routes import NodeRoutes, Picture
 
-Answer = Callable[[Request], Awaitable[Response]]
+MAX_COMMAND_BYTES = 64 * 1024
+
+Act = Callable[[Request, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
-def admin_app(cluster: str, settings: BaseModel, picture: Callable[[], Picture], routes: NodeRoutes) -> Starlette:
-    """The whole cluster. Every node has the whole view from heartbeats, so any node answers alike."""
+def admin_app(
+    cluster: str,
+    settings: BaseModel,
+    picture: Callable[[], Picture],
+    routes: NodeRoutes,
+    office: Callable[[], dict[str, Any]] = dict,
+    commands: Sequence[Route] = (),
+) -> Starlette:
+    """The whole cluster. Every node has the whole view from heartbeats, so any node answers alike.
+
+    ``office`` says who leads and why, as this node sees it; ``commands`` are the operator's routes.
+    """
 
     async def show_cluster(_: Request) -> Response:
-        return JSONResponse(report.cluster(cluster, *picture()))
+        return JSONResponse({**report.cluster(cluster, *picture()), **office()})
+
+    async def show_coordinator(_: Request) -> Response:
+        view, leadership, document = picture()
+        return JSONResponse({**report.coordinator(view, leadership, document), **office()})
 
     async def show_nodes(_: Request) -> Response:
         return JSONResponse(report.nodes(picture()[0]))
@@ -44,12 +65,83 @@ def admin_app(cluster: str, settings: BaseModel, picture: Callable[[], Picture],
     return Starlette(
         routes=[
             Route("/cluster", show_cluster),
+            Route("/coordinator", show_coordinator, methods=["GET"]),
+            *commands,
             Route("/nodes", show_nodes),
             Route("/plan", show_plan),
             Route("/models", show_models),
             Route("/config", show_config),
         ]
     )
+
+
+def operator_routes(operator: Operator) -> list[Route]:
+    """What changes the cluster. Any node takes it and hands it to the coordinator."""
+
+    def command(
+        path: str,
+        method: str,
+        act: Callable[[Request, dict[str, Any]], Awaitable[dict[str, Any]]],
+        *,
+        here: bool = False,
+    ) -> Route:
+        async def answer(request: Request) -> Response:
+            try:
+                body = await _command_body(request)
+                url = None if here or FORWARDED in request.headers else operator.leader_url()
+                if url is not None:
+                    status, data = await operator.forward(url, method, request.url.path, body)
+                    return JSONResponse(data, status)
+                return JSONResponse(await act(request, body))
+            except ClusterError as error:
+                return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status_of(error))
+
+        return Route(path, answer, methods=[method])
+
+    async def pin(_: Request, body: dict[str, Any]) -> dict[str, Any]:
+        node, ttl = body.get("node"), body.get("ttl_seconds")
+        if not isinstance(node, str | int) or not isinstance(ttl, int | float | None):
+            raise ConfigError('say {"node": "mini2"} and, if it shall end, "ttl_seconds": 600')
+        return await operator.pin(str(node), ttl)
+
+    async def unpin(_: Request, _body: dict[str, Any]) -> dict[str, Any]:
+        return await operator.unpin()
+
+    async def drain(request: Request, _body: dict[str, Any]) -> dict[str, Any]:
+        return await operator.drain(request.path_params["node"])
+
+    async def undrain(request: Request, _body: dict[str, Any]) -> dict[str, Any]:
+        return await operator.drain(request.path_params["node"], undo=True)
+
+    async def force(_: Request, _body: dict[str, Any]) -> dict[str, Any]:
+        return await operator.force_new_cluster()
+
+    return [
+        command("/coordinator", "POST", pin),
+        command("/coordinator", "DELETE", unpin),
+        command("/coordinator/force-new-cluster", "POST", force, here=True),
+        command("/nodes/{node}/drain", "POST", drain),
+        command("/nodes/{node}/undrain", "POST", undrain),
+    ]
+
+
+async def _command_body(request: Request) -> dict[str, Any]:
+    """The JSON object of a command, {} for none. Raises ``ConfigError`` for a web page's request and for other bodies.
+
+    A page of any site may post to a port of this machine; its browser then names the page's origin.
+    """
+    if "origin" in request.headers:
+        raise ConfigError("commands are not taken from web pages: use mlx-cluster or a client without an Origin header")
+    raw = await request.body()
+    if len(raw) > MAX_COMMAND_BYTES:
+        raise ConfigError(f"the body has {len(raw)} bytes, a command has at most {MAX_COMMAND_BYTES}")
+    try:
+        body = json.loads(raw) if raw else {}
+    except ValueError as error:
+        raise ConfigError(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ConfigError("the body must be a JSON object")
+    return body
 
 
 def node_app(status: Callable[[], NodeStatus], engines: EngineStatistics) -> Starlette:

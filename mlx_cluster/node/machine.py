@@ -48,6 +48,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+def load() -> float:
+    """Runnable processes of the last minute for each core, 0…1 (1: every core has had something to do)."""
+    return round(min(1.0, os.getloadavg()[0] / cores()), 1)
+
+
 def name() -> str:
     """The same for every node on one machine."""
     return platform.node() or "unknown"

@@ -7,6 +7,7 @@ Does not own: HTTP (``http``). Invariant: layer bounds are half-open everywhere:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,6 +19,7 @@ from mlx_cluster.cluster.status import NodeStatus, PipelineStatus, StageStatus
 from mlx_cluster.plan import Epoch, Plan
 
 Json = dict[str, Any]
+MAX_RECOVERIES = 20
 
 
 def cluster(name: str, view: ClusterView, leadership: Leadership, document: ClusterDocument) -> Json:
@@ -25,11 +27,47 @@ def cluster(name: str, view: ClusterView, leadership: Leadership, document: Clus
     return {
         "cluster": name,
         "coordinator": {"node_id": leadership.node_id, "term": leadership.term},
-        "nodes": [_node(node) for node in view.nodes],
+        "document": _document(document),
+        "nodes": [{**_node(node), "drained": node.node_id in document.drained} for node in view.nodes],
         "pipelines": [
             *pipelines(view, document),
             *(_unplaced(model, why) for model, why in unplaced(view, leadership).items()),
         ],
+        "recoveries": recoveries(view),
+    }
+
+
+def coordinator(view: ClusterView, leadership: Leadership, document: ClusterDocument) -> Json:
+    """Who leads, since which term, and whom the operator wants."""
+    leader = leadership.node_id
+    return {
+        "coordinator": {
+            "node_id": leader,
+            "name": view.name_of(leader) if leader is not None else None,
+            "term": leadership.term,
+        },
+        "document": _document(document),
+    }
+
+
+def recoveries(view: ClusterView) -> list[Json]:
+    """The last recoveries of all pipelines, newest first, as the nodes that drove them tell."""
+    found = [
+        {"node_id": node.node_id, **asdict(recovery)}
+        for node in view.nodes
+        if node.status is not None
+        for recovery in node.status.recoveries
+    ]
+    return sorted(found, key=lambda recovery: -recovery["at"])[:MAX_RECOVERIES]
+
+
+def _document(document: ClusterDocument) -> Json:
+    return {
+        "era": document.era,
+        "term": document.term,
+        "version": document.version,
+        "pin": asdict(document.pin) if document.pin is not None else None,
+        "drained": list(document.drained),
     }
 
 
@@ -73,6 +111,8 @@ def _node(node: NodeView) -> Json:
         "gateway_url": status.gateway_url if status else None,
         "admin_url": status.admin_url if status else None,
         "detail": node.detail,
+        "health": status.health if status else None,
+        "load": status.load if status else None,
     }
 
 

@@ -20,10 +20,10 @@ from mlx_cluster.engine.remote import EngineService
 from mlx_cluster.errors import PortInUse
 from mlx_cluster.gateway.app import NodeInfo, create_app
 from mlx_cluster.gateway.server import GatewayServer
-from mlx_cluster.metrics import Metrics
 from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.copies import weights_service
-from mlx_cluster.node.http import admin_app, health_app, node_app
+from mlx_cluster.node.http import admin_app, health_app, node_app, operator_routes
+from mlx_cluster.node.operator import Operator
 from mlx_cluster.node.routes import NodeRoutes
 from mlx_cluster.wire import GRPC_OPTIONS
 
@@ -39,12 +39,14 @@ class NodeServers:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         identity, settings = agent.identity, agent.settings
-        metrics = Metrics()
+        metrics = agent.metrics
         metrics.watch_engines(agent.drivers.statistics)
         routes = NodeRoutes(
             settings.models, agent.models, agent.picture, agent.drivers.engine, agent.peers.remote_engine
         )
-        self._admin = admin_app(settings.cluster.name, settings, agent.picture, routes)
+        self._admin = admin_app(
+            settings.cluster.name, settings, agent.picture, routes, agent.office, operator_routes(Operator(agent))
+        )
         info = NodeInfo(identity.node_id, identity.name, settings.cluster.name, agent.version)
         self._gateway = create_app(routes, settings.api_gateway, info, metrics, identity.state_dir)
         bind, ports = identity.bind_host, identity.ports

@@ -47,9 +47,11 @@ def text_of(answer: httpx.Response) -> str:
 
 def test_every_node_shows_the_same_picture(cluster: ClusterProcesses) -> None:
     pictures = [cluster.admin(node=node) for node in range(3)]
+    assert pictures[0] is not None
     for picture in pictures:
         assert picture is not None
-        assert picture["coordinator"]["node_id"] == 0
+        assert picture["coordinator"] == pictures[0]["coordinator"]
+        assert picture["coordinator"]["node_id"] in (0, 1, 2)
         assert picture["coordinator"]["term"] >= 1
         assert [(n["node_id"], n["name"], n["state"], n["pid"]) for n in picture["nodes"]] == [
             (i, f"mini{i + 1}", "alive", cluster.processes[i].pid) for i in range(3)
@@ -85,7 +87,7 @@ def test_the_other_http_ports_answer(cluster: ClusterProcesses) -> None:
 def test_the_coordinator_answers_on_its_own_port(cluster: ClusterProcesses) -> None:
     port = cluster.first_port + 6 * cluster.num_nodes
     picture = httpx.get(f"http://127.0.0.1:{port}/cluster", timeout=10, trust_env=False).json()
-    assert picture["coordinator"]["node_id"] == 0
+    assert picture["coordinator"]["node_id"] in (0, 1, 2)
 
 
 def test_every_gateway_gives_the_same_completion(cluster: ClusterProcesses) -> None:
@@ -166,10 +168,13 @@ def test_a_killed_agent_takes_its_stages_along_and_the_survivors_take_over(tmp_p
 
         def taken_over() -> dict[str, Any] | None:
             picture = three.admin(node=1)
-            if picture is None or picture["coordinator"]["node_id"] != 1:
+            if picture is None or picture["coordinator"]["node_id"] not in (1, 2):
                 return None
             pipelines = picture["pipelines"]
-            return picture if pipelines and pipelines[0]["state"] == "ready" else None
+            if not pipelines or pipelines[0]["state"] != "ready":
+                return None
+            # A coordinator may be there before the dead node counts as dead.
+            return picture if 0 not in {s["node_id"] for s in pipelines[0]["stages"]} else None
 
         picture = within("a plan over the survivors", taken_over)
         (pipeline,) = picture["pipelines"]

@@ -207,10 +207,11 @@ class Faults:
         weather.slow = self.rng.choice((0.0, 0.1, 0.5))
         weather.slow_seconds = self.rng.choice((0.5, 3.0, 8.0))
         weather.slow_disk = self.rng.choice((0.0, 0.2, 0.8))
+        weather.blind = self.rng.choice((0.0, 0.0, 0.1, 0.6))
 
     def calm(self) -> None:
         weather = self.world.weather
-        weather.loss = weather.doubled = weather.slow = weather.slow_disk = 0.0
+        weather.loss = weather.doubled = weather.slow = weather.slow_disk = weather.blind = 0.0
 
     # -- operators and clients -----------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ class Weather:
     slow: float = 0.0  # the share of messages that take up to ``slow_seconds``
     slow_seconds: float = 3.0
     slow_disk: float = 0.0
+    blind: float = 0.0  # the share of timers that find the intake of messages held up
     cut: set[tuple[str, str]] = field(default_factory=set)
     lag: dict[tuple[str, str], float] = field(default_factory=dict)  # everything on this link takes so much longer
 
@@ -186,7 +187,7 @@ class World:
 
     def _timer(self, node: Node, timer: int, life: int) -> None:
         if node.life == life and (node.timer == timer or node.paused):
-            self.hand(node, ev.Tick())
+            self.hand(node, ev.Blind() if self.rng.random() < self.weather.blind else ev.Tick())
 
     def _written(self, node: Node, life: int, durable: Durable) -> None:
         """A write that was under way when its process died has reached the disk, or has not."""

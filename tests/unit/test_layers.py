@@ -45,6 +45,7 @@ EDGES: dict[str, tuple[str, ...]] = {
         "transport/grpc_link.py",
         "cluster/rpc.py",
         "cluster/weights.py",
+        "cluster/post.py",
         "stage/service.py",
         "engine/stages.py",
         "engine/remote.py",

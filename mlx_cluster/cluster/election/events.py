@@ -20,6 +20,14 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Blind:
+    """A ``Tick`` while nothing can be heard: whoever takes in the messages of this voter is held up.
+
+    A leader goes on with its heartbeats, and nobody is blamed for a silence that is this voter's own.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Persisted:
     """The ``Durable`` with this sequence is on the disk, for good."""
 
@@ -79,7 +87,7 @@ class Knock:
 
 
 Command = Propose | AddVoter | RemoveVoter | TransferTo | Bootstrap | ForceNewCluster
-Event = Tick | Persisted | Message | Command | SetPriority | Knock
+Event = Tick | Blind | Persisted | Message | Command | SetPriority | Knock
 
 # -- out ---------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any
 from mlx_cluster.cluster.election import operator, seats
 from mlx_cluster.cluster.election.events import (
     BecomeLeader,
+    Blind,
     Command,
     Committed,
     Effect,
@@ -103,6 +104,7 @@ class Election:
         self.out: list[Effect] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             Tick: self._on_tick,
+            Blind: self._on_blind,
             Message: self._on_message,
             Persisted: self._on_persisted,
             Knock: self._on_knock,
@@ -194,6 +196,10 @@ class Election:
             self._lead_on(self.leading)
         elif now >= self._deadline:
             self._ask()
+
+    def _on_blind(self, _: Blind) -> None:
+        self._woke_late()
+        self._on_tick(Tick())
 
     def _on_message(self, message: Message) -> None:
         if message.cluster != self.cluster or message.receiver not in (self.voter, anybody_on(self._node)):

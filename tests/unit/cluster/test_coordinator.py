@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from mlx_cluster.cluster.coordinator import QUIET_SECONDS, Coordinator, Decision, agreed_facts, available_bytes, push
 from mlx_cluster.cluster.document import ClusterDocument, accept
-from mlx_cluster.cluster.leader import Leadership, LowestLiveNode
+from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.membership import Membership
 from mlx_cluster.cluster.status import NodeStatus, PipelineStatus, StageStatus
 from mlx_cluster.config.schema import ModelEntry
 from mlx_cluster.errors import Fenced, PlanError
 from mlx_cluster.plan import Epoch, ModelRef, Plan, even_counts
 from tests.unit.cluster.builders import GIB, VERSION, facts, members, plan, status, view
+from tests.unit.cluster.lowest_live import LowestLiveNode
 
 LED = Leadership(0, 1)
 
@@ -87,7 +88,7 @@ def test_it_waits_for_all_configured_nodes_then_plans_and_pushes() -> None:
     decision = deciding.decide(view(0, THREE), LED, EMPTY, now=2.0)
     document = committed(decision)
     assert [(s.node_id, s.start, s.end) for s in document.plans[0].stages] == [(0, 0, 2), (1, 2, 4), (2, 4, 6)]
-    assert (document.rank, document.plans[0].version) == ((1, 1), 1)
+    assert (document.rank, document.plans[0].version) == ((0, 1, 1), 1)
     assert [m.name for m in document.members] == ["mini0", "mini1", "mini2"]
     assert decision.push == (1, 2)
 
@@ -200,10 +201,10 @@ def test_a_follower_pushes_only_to_a_leader_that_lacks_the_document() -> None:
 
 
 def test_a_leader_waits_for_a_newer_document_instead_of_overruling_it() -> None:
-    statuses = {**THREE, 2: status(2, document=(5, 5))}
+    statuses = {**THREE, 2: status(2, document=(0, 5, 5))}
     decision = coordinator().decide(view(0, statuses), Leadership(0, 6), EMPTY, now=99.0)
     assert decision.commit is None
-    assert "mini2 holds the newer document (5, 5)" in decision.waiting
+    assert "mini2 holds the newer document (0, 5, 5)" in decision.waiting
 
 
 def running(document: ClusterDocument) -> dict[int, NodeStatus | None]:
@@ -223,7 +224,7 @@ def test_a_new_coordinator_adopts_what_runs_under_its_own_term() -> None:
     decision = successor.decide(view(1, running(old), dead=frozenset({0})), Leadership(1, 2), old, now=99.0)
     document = committed(decision)
     assert document.plans == old.plans
-    assert document.rank == (2, 5)
+    assert document.rank == (0, 2, 5)
     assert decision.push == (2,)
 
 

@@ -3,60 +3,43 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_cluster.cluster.leader import Leadership, LowestLiveNode
+from mlx_cluster.cluster.leader import FixedNode, Leadership
 from tests.unit.cluster.builders import status, view
 
 
-def test_the_lowest_living_node_leads_and_claims_a_term() -> None:
-    choice = LowestLiveNode(0)
+def test_the_fixed_node_leads_whatever_its_id_and_claims_one_term() -> None:
+    fixed = FixedNode(1, 1)
     both = {0: status(0), 1: status(1)}
-    assert choice.observe(view(0, both)) == Leadership(0, 1)
-    assert choice.observe(view(0, both)) == Leadership(0, 1)
+    assert fixed.observe(view(1, both)) == Leadership(1, 1)
+    assert fixed.observe(view(1, both)) == Leadership(1, 1)
 
 
-def test_a_follower_learns_the_term_from_the_leader() -> None:
-    choice = LowestLiveNode(1)
-    assert choice.observe(view(1, {0: status(0, term=6), 1: status(1)})) == Leadership(0, 6)
+def test_the_others_follow_while_it_lives_and_nobody_leads_after() -> None:
+    other = FixedNode(0, 1)
+    both = {0: status(0), 1: status(1, term=6)}
+    assert other.observe(view(0, both)) == Leadership(1, 6)
+    assert other.observe(view(0, both, dead=frozenset({1}))) == Leadership(None, 6)
 
 
-def test_the_successor_claims_a_higher_term_and_the_returning_node_a_higher_one_still() -> None:
-    successor = LowestLiveNode(1)
-    successor.observe(view(1, {0: status(0, term=6), 1: status(1)}))
-    took = successor.observe(view(1, {0: status(0, term=6), 1: status(1)}, dead=frozenset({0})))
-    assert took == Leadership(1, 8), "of two nodes the second one claims even terms"
-    returned = LowestLiveNode(0)
-    assert returned.observe(view(0, {0: status(0), 1: status(1, term=8)})) == Leadership(0, 9)
-    assert successor.observe(view(1, {0: status(0, term=9), 1: status(1)})) == Leadership(0, 9)
+def test_a_fixed_node_without_a_memory_claims_a_term_above_all_that_others_remember() -> None:
+    others = {0: status(0), 1: status(1, term=8), 2: status(2, document=(0, 9, 3))}
+    assert FixedNode(0, 0).observe(view(0, others)) == Leadership(0, 10)
 
 
-def test_terms_named_by_documents_count_too() -> None:
-    assert LowestLiveNode(0).observe(view(0, {0: status(0), 1: status(1, document=(9, 3))})) == Leadership(0, 11)
+def test_word_of_a_higher_term_makes_it_claim_again() -> None:
+    fixed = FixedNode(0, 0)
+    fixed.observe(view(0, {0: status(0), 1: status(1)}))
+    assert fixed.observe(view(0, {0: status(0), 1: status(1, term=5)})) == Leadership(0, 6)
 
 
-@given(st.lists(st.tuples(st.sets(st.integers(0, 3)), st.integers(0, 20)), max_size=30))
-def test_the_term_never_falls_and_rises_with_every_taking_of_the_lead(trace: list[tuple[set[int], int]]) -> None:
-    choice = LowestLiveNode(1)
-    last = Leadership(None, 0)
-    for dead, named in trace:
-        statuses = {i: status(i, term=named if i != 1 else last.term) for i in range(4)}
-        seen = choice.observe(view(1, dict(statuses), dead=frozenset(dead - {1})))
-        assert seen.term >= last.term
-        assert seen.node_id == min(i for i in range(4) if i == 1 or i not in dead)
-        if seen.node_id == 1 and last.node_id != 1:
-            assert seen.term > last.term
-        last = seen
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=30))
-def test_no_term_is_claimed_by_two_nodes_even_when_they_do_not_hear_each_other(trace: list[tuple[int, int]]) -> None:
-    """Each node hears of some term and finds itself alone, in any order: the claims of two nodes never meet."""
-    owner: dict[int, int] = {}
-    terms = dict.fromkeys(range(4), 0)
-    for node, named in trace:
-        choice = LowestLiveNode(node, max(terms[node], named))
-        statuses = {i: status(i, term=terms[i]) for i in range(4)}
-        claimed = choice.observe(view(node, dict(statuses), dead=frozenset(set(range(4)) - {node})))
-        assert claimed.node_id == node
-        assert claimed.term > terms[node]
-        assert owner.setdefault(claimed.term, node) == node
-        terms[node] = claimed.term
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=30), st.booleans())
+def test_the_term_never_falls(trace: list[tuple[bool, int]], is_fixed: bool) -> None:
+    choice = FixedNode(0 if is_fixed else 1, 0)
+    own = 0 if is_fixed else 1
+    last = 0
+    for alive, named in trace:
+        statuses = {0: status(0, term=named), 1: status(1, term=named)}
+        dead = frozenset() if alive or is_fixed else frozenset({0})
+        seen = choice.observe(view(own, dict(statuses), dead=dead))
+        assert seen.term >= last
+        last = seen.term

@@ -143,7 +143,7 @@ def test_a_status_survives_its_json() -> None:
         mpi=(1, 3),
         leader=0,
         term=4,
-        document=(4, 9),
+        document=(1, 4, 9),
         document_hash="abc",
         models=(ModelFacts("m", "h", (1, 2, 3), 4, 5, 6, 7),),
         missing=(("other", "no such directory"),),

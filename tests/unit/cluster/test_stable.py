@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_cluster.cluster import stable
@@ -51,6 +51,7 @@ def test_a_file_torn_anywhere_is_a_lost_disk(tmp_path: Path) -> None:
         assert isinstance(stable.load(path), stable.LostDisk), length
 
 
+@settings(deadline=None)  # it waits for a real disk
 @given(st.data())
 def test_a_changed_byte_is_a_lost_disk(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("disk") / "voter"

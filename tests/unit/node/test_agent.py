@@ -131,7 +131,7 @@ async def until(what: str, probe: Callable[[], Any]) -> Any:
 
 
 class Cluster:
-    def __init__(self, folder: Path, model: Path, count: int) -> None:
+    def __init__(self, folder: Path, model: Path, count: int, split: str | None) -> None:
         base = free_block(10 * count)
         self.settings = Settings.model_validate(
             {
@@ -142,10 +142,16 @@ class Cluster:
                         for i in range(count)
                     ],
                 },
-                "coordinator": {"heartbeat_interval": 0.1, "failure_threshold": 10, "port": base + 10 * count - 1},
+                "coordinator": {
+                    "heartbeat_interval": 0.1,
+                    "failure_threshold": 10,
+                    "port": base + 10 * count - 1,
+                    "election_timeout_min": 0.6,
+                    "election_timeout_max": 1.2,
+                },
                 "api_gateway": {"port": base + 5 * count},
                 "nodes": {f"mini{i}": {"state_dir": str(folder / str(i))} for i in range(count)},
-                "models": {"tiny": {"path": str(model)}},
+                "models": {"tiny": {"path": str(model), "split": split}},
             }
         )
         self.nodes: dict[int, Node] = {}
@@ -163,8 +169,8 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, model: Path, count: int) -> AsyncIterator[Cluster]:
-    made = Cluster(folder, model, count)
+async def cluster(folder: Path, model: Path, count: int, split: str | None = None) -> AsyncIterator[Cluster]:
+    made = Cluster(folder, model, count, split)
     try:
         await made.start(*range(count))
         yield made
@@ -180,9 +186,9 @@ async def test_agents_find_each_other_and_bring_a_plan_up(tmp_path: Path, tiny_m
         assert plan.transport in ("grpc", "ring")
         for node in three.nodes.values():
             _, leadership, document = node.agent.picture()
-            assert leadership.node_id == 0
+            assert leadership.node_id in (0, 1, 2)
             assert document == three.nodes[0].agent.picture()[2]
-            assert document.version == 1
+            assert (document.era, document.term, document.plans) == (1, 1, (plan,))
             (stage,) = node.stages
             assert stage.spec.model_dir == str(tiny_model)
         (engine,) = three.nodes[0].engines
@@ -193,53 +199,73 @@ async def test_agents_find_each_other_and_bring_a_plan_up(tmp_path: Path, tiny_m
 
 async def test_a_lost_engine_brings_fresh_stages_everywhere(tmp_path: Path, tiny_model: Path) -> None:
     async with cluster(tmp_path, tiny_model, 2) as two:
-        await two.ready(0, 1)
+        plan = await two.ready(0, 1)
         engine = two.nodes[0].engines[0]
         engine.lost_reason = "stage 1 is gone"
         engine.lost.set()
         await until("a second engine", lambda: len(two.nodes[0].engines) == 2)
         await two.ready(0, 1)
-        assert [e.epoch for e in two.nodes[0].engines] == [Epoch(1, 1), Epoch(1, 2)]
+        assert [e.epoch for e in two.nodes[0].engines] == [Epoch(plan.version, 1), Epoch(plan.version, 2)]
         for node in two.nodes.values():
             old, new = node.stages
             assert old.stopped
             assert not new.stopped
 
 
-async def test_the_next_node_takes_over_and_the_first_comes_back(tmp_path: Path, tiny_model: Path) -> None:
-    async with cluster(tmp_path, tiny_model, 2) as two:
-        await two.ready(0, 1)
-        await two.nodes[0].stop()
-        plan = await until("a plan over the survivor", lambda: alone(two.nodes[1]))
-        assert two.nodes[1].agent.leads
-        assert plan.version > 1
-        assert two.nodes[1].stages[0].stopped
-        await two.start(0)
-        assert await two.ready(0) == plan
+async def test_another_node_takes_over_and_the_one_that_comes_back_only_follows(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    async with cluster(tmp_path, tiny_model, 3) as three:
+        before = await three.ready(0, 1, 2)
+        term = three.nodes[1].agent.picture()[1].term
+        await three.nodes[0].stop()
+        plan = await until("a plan over the survivors", lambda: without(three.nodes[1], 0))
+        assert plan.version > before.version
+        leader = next(i for i in (1, 2) if three.nodes[i].agent.leads)
+        leadership = three.nodes[leader].agent.picture()[1]
+        assert leadership.term > term
+        await three.start(0)
+        assert await three.ready(0) == plan, "a plan that runs goes on"
+        await until("it follows", lambda: three.nodes[0].agent.picture()[1] == leadership)
+        assert three.nodes[0].stages == []
+        assert len(three.nodes[plan.engine_node_id].engines) == 2 - (plan.engine_node_id != before.engine_node_id)
+
+
+async def test_a_coordinator_that_dies_without_a_stage_disturbs_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 3, split="0/3/3") as three:
+        plan = await three.ready(0, 1, 2)
+        assert three.nodes[0].agent.leads
+        assert [s.node_id for s in plan.stages] == [1, 2]
+        engine = three.nodes[1].agent.drivers.engine("tiny")
+        await three.nodes[0].stop()
+        await until("another coordinator", lambda: three.nodes[1].agent.leads or three.nodes[2].agent.leads)
 
         def committed() -> bool:
-            _, leadership, document = two.nodes[0].agent.picture()
-            return leadership.node_id == 0 and document.term == leadership.term
+            _, leadership, document = three.nodes[1].agent.picture()
+            return leadership.node_id in (1, 2) and document.term == leadership.term
 
         await until("the document under its own term", committed)
-        assert two.nodes[0].agent.picture()[2].plans == (plan,), "what runs is adopted"
-        assert two.nodes[0].stages == []
-        assert len(two.nodes[1].engines) == 1
+        assert three.nodes[1].agent.picture()[2].plans == (plan,), "what runs is adopted"
+        assert three.nodes[1].agent.drivers.engine("tiny") is engine
+        assert [len(three.nodes[i].stages) for i in (1, 2)] == [1, 1]
+        assert not any(three.nodes[i].stages[0].stopped for i in (1, 2))
 
 
-def alone(node: Node) -> Plan | None:
+def without(node: Node, gone: int) -> Plan | None:
     plan = node.ready_plan()
-    return plan if plan is not None and plan.num_stages == 1 else None
+    return plan if plan is not None and gone not in {s.node_id for s in plan.stages} else None
 
 
 async def test_epochs_rise_over_a_restart_of_everything(tmp_path: Path, tiny_model: Path) -> None:
     async with cluster(tmp_path, tiny_model, 1) as one:
-        await one.ready(0)
-        assert one.nodes[0].engines[0].epoch == Epoch(1, 1)
+        plan = await one.ready(0)
+        first = one.nodes[0].engines[0].epoch
+        assert first == Epoch(plan.version, 1)
+        term = one.nodes[0].agent.picture()[1].term
     async with cluster(tmp_path, tiny_model, 1) as one:
         await one.ready(0)
-        assert one.nodes[0].engines[0].epoch > Epoch(1, 1)
-        assert one.nodes[0].agent.picture()[1].term == 2, "one node owns every term"
+        assert one.nodes[0].engines[0].epoch > first
+        assert one.nodes[0].agent.picture()[1].term > term
 
 
 async def test_an_agent_starts_only_what_its_document_says(tmp_path: Path, tiny_model: Path) -> None:
@@ -256,8 +282,9 @@ async def test_an_agent_starts_only_what_its_document_says(tmp_path: Path, tiny_
                 return str(error.value)
 
             other = replace(plan, model=replace(plan.model, manifest_hash="another"))
-            assert "does not start plan" in await refused(other, 1, Epoch(1, 9))
-            assert "is not mini1's" in await refused(plan, 0, Epoch(1, 9))
-            assert "older than" in await refused(plan, 1, Epoch(1, 0))
-            assert "is not mini1's" in await refused(plan, 1, Epoch(7, 1))
+            version = plan.version
+            assert "does not start plan" in await refused(other, 1, Epoch(version, 9))
+            assert "is not mini1's" in await refused(plan, 0, Epoch(version, 9))
+            assert "older than" in await refused(plan, 1, Epoch(version, 0))
+            assert "is not mini1's" in await refused(plan, 1, Epoch(version + 7, 1))
         assert len(two.nodes[1].stages) == 1
