@@ -21,6 +21,7 @@ from mlx_lm.utils import dequantize_model, load_model
 
 from mlx_cluster.errors import CheckpointError, PlanError, UnsupportedModel
 from mlx_cluster.model import checkpoint, families
+from mlx_cluster.model.quantized_cache import KvFormat
 from mlx_cluster.model.slice import ModelSlice
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -48,6 +49,7 @@ def load_slice(
     device: Device = "auto",
     dequantize: Dequantize = "auto",
     memory_budget_bytes: int | None = None,
+    kv: KvFormat | None = None,
     on_progress: Progress | None = None,
 ) -> LoadedSlice:
     """Load layers ``[start, end)``. Call it on the thread that will run the slice.
@@ -71,7 +73,7 @@ def load_slice(
         _cast_to_float32(model)
     if dense:
         dequantize_model(model)
-    part = ModelSlice(model, start, end)
+    part = ModelSlice(model, start, end, kv)
     return LoadedSlice(part, chosen, _read(part, on_progress))
 
 

@@ -26,6 +26,7 @@ from mlx_cluster.model.grammar import Grammars
 from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, floating_dtype, load_slice
 from mlx_cluster.model.pending import Finished, Incomplete, PendingBlocks, PendingFill, PendingFrame, PendingTokens
 from mlx_cluster.model.prefix_disk import PrefixDisk
+from mlx_cluster.model.quantized_cache import KvFormat
 from mlx_cluster.model.rows import COMPUTE_ERRORS, Row, Rows
 from mlx_cluster.model.slice import Head
 from mlx_cluster.request import Sampling
@@ -62,6 +63,7 @@ class SliceRunner:
         device: Device = "auto",
         dequantize: Dequantize = "auto",
         memory_budget_bytes: int | None = None,
+        kv: KvFormat | None = None,
         on_progress: Progress | None = None,
     ) -> SliceRunner:
         """Load layers ``[start, end)`` on the calling thread, which every later call must come from.
@@ -75,6 +77,7 @@ class SliceRunner:
             device=device,
             dequantize=dequantize,
             memory_budget_bytes=memory_budget_bytes,
+            kv=kv,
             on_progress=on_progress,
         )
         return cls(loaded, model_dir)
@@ -98,7 +101,7 @@ class SliceRunner:
         """From now on entries go to the disk too; what lies there already. ``model`` names the checkpoint."""
         part = self.slice
         kinds = [type(cache).__name__ for cache in row_cache.parts(part.make_caches())]
-        fingerprint = f"{model}/{part.start}-{part.end}/{floating_dtype(part)}/{self.row_cost}/{kinds}"
+        fingerprint = f"{model}/{part.start}-{part.end}/{floating_dtype(part)}/{self.row_cost}/{part.kv}/{kinds}"
         disk = self._rows.entries.disk = PrefixDisk(root, max_bytes, fingerprint)
         return disk.entries()
 

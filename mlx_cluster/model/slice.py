@@ -18,12 +18,13 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, make_prompt_cache
 
 from mlx_cluster.errors import PlanError, UnsupportedModel
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import graph, state
 from mlx_cluster.model.cache import Caches
+from mlx_cluster.model.quantized_cache import KvFormat
 
 # Which positions the last slice gives logits for.
 Head = Literal["none", "last", "all"]
@@ -43,11 +44,11 @@ class ModelSlice:
     Raises ``UnsupportedModel`` when the family cannot be cut, ``PlanError`` when it cannot be cut here.
     """
 
-    def __init__(self, model: nn.Module, start: int, end: int) -> None:
+    def __init__(self, model: nn.Module, start: int, end: int, kv: KvFormat | None = None) -> None:
         layers = list(model.layers)
         if not 0 <= start < end <= len(layers):
             raise PlanError(f"[{start}, {end}) is no slice of a model with {len(layers)} layers")
-        self.model, self.start, self.end = model, start, end
+        self.model, self.start, self.end, self.kv = model, start, end, kv
         self.first, self.last = start == 0, end == len(layers)
         try:
             traced = graph.trace(model)
@@ -66,6 +67,7 @@ class ModelSlice:
         self._ends: Sequence[int] = ()
         self._swap(layers)
         _strip([*layers[:start], *layers[end:]], keep=model, kept_layers=layers[start:end])
+        self._check_kv()
         self._head_takes_one_position = self._probe_head()
         # Whether rows of this slice can decode in one batch; else they run one after the other.
         self.can_batch = row_cache.can_batch(self.make_caches()) and self._probe_batch()
@@ -125,7 +127,8 @@ class ModelSlice:
         ghosts = [every[slot] for slot in self._ghost_slots]
         for ghost in ghosts:
             row_cache.fill_ghost(ghost)
-        return [every[slot] for slot in self._own_slots] + ghosts
+        own = [every[slot] for slot in self._own_slots]
+        return [self.kv.empty_row() for _ in own] + ghosts if self.kv is not None else own + ghosts
 
     def output_specs(self, batch: int, length: int) -> list[Any]:
         """Shapes and dtypes that ``__call__`` returns for empty caches; nothing is computed."""
@@ -203,6 +206,33 @@ class ModelSlice:
             return _last_position(output, self._ends) if self._head == "last" else output
 
         return call
+
+    def _check_kv(self) -> None:
+        """Raise ``UnsupportedModel`` when keys and values are to be quantized and this model cannot use them so."""
+        if self.kv is None:
+            return
+        name = getattr(self.model, "model_type", "model")
+        every = make_prompt_cache(self.model)
+        kinds = sorted({type(every[slot]).__name__ for slot in self._own_slots} - {KVCache.__name__})
+        if kinds:
+            raise UnsupportedModel(
+                f"runtime.kv_bits is {self.kv.bits}, but this {name} keeps a {' and a '.join(kinds)}, which cannot be "
+                "quantized: set runtime.kv_bits to null"
+            )
+        try:
+            self._run_once()
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            raise UnsupportedModel(
+                f"runtime.kv_bits is {self.kv.bits}, but this {name} cannot attend to keys in groups of "
+                f"{self.kv.group_size} ({why}): set runtime.kv_group_size to 32 where the size of its heads is a "
+                "multiple of that, or runtime.kv_bits to null"
+            ) from error
+
+    def _run_once(self) -> None:
+        caches = self.make_caches()
+        for length in (2, 1):
+            self(mx.zeros((1, length), mx.int32), self.stand_ins(1, length), caches, head="none")
 
     def _probe_head(self) -> bool:
         """Whether norm and head are content with one position (else the last one is taken from all logits)."""

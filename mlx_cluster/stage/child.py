@@ -252,6 +252,7 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
     if spec.emulation is not None:
         runner = EmulatedRunner(spec.emulation, last=last)
         return Slice(runner, runner.held, memory_bytes=0, can_trim=True, kv_fixed_bytes=0, kv_bytes_per_position=0)
+    from mlx_cluster.model.quantized_cache import KvFormat
     from mlx_cluster.model.runner import SliceRunner  # only here: an emulated stage must not need mlx
 
     loaded = SliceRunner.load(
@@ -261,6 +262,7 @@ def load(spec: StageSpec, on_progress: Progress) -> Slice:
         device=spec.device,
         dequantize=spec.dequantize,
         memory_budget_bytes=spec.memory_budget_bytes,
+        kv=KvFormat(spec.kv_bits, spec.kv_group_size) if spec.kv_bits is not None else None,
         on_progress=on_progress,
     )
     loaded.warm_up()

@@ -12,12 +12,13 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model.cache import Caches, Cost, Group
+from mlx_cluster.model.quantized_cache import KvFormat
 
 
 def append(caches: Caches, values: list[int]) -> None:
     """One position per row: the key is the value."""
     for cache in caches:
-        keys = mx.array(values, dtype=mx.float32).reshape(-1, 1, 1, 1)
+        keys = mx.broadcast_to(mx.array(values, dtype=mx.float32).reshape(-1, 1, 1, 1), (len(values), 1, 1, 64))
         cache.update_and_fetch(keys, keys)
 
 
@@ -25,11 +26,20 @@ def content(caches: Caches) -> list[int]:
     """The keys of a single row, in order."""
     (cache,) = caches
     keys, _ = cache.keys_and_values()
+    if isinstance(cache, QuantizedKVCache):
+        keys = mx.dequantize(*keys, group_size=cache.group_size, bits=cache.bits)
     return [int(value) for value in keys[0, 0, :, 0].tolist()]  # type: ignore[union-attr,arg-type]
 
 
-def fresh(row: int, length: int) -> Caches:
-    caches: Caches = [KVCache()]
+ROW_CACHES: dict[str, Callable[[], Any]] = {
+    "plain": KVCache,
+    "8 bits": KvFormat(8, 64).empty_row,
+    "4 bits": KvFormat(4, 32).empty_row,
+}
+
+
+def fresh(row: int, length: int, make: Callable[[], Any] = KVCache) -> Caches:
+    caches: Caches = [make()]
     for position in range(length):
         append(caches, [1000 * row + position])
     return caches
@@ -37,10 +47,11 @@ def fresh(row: int, length: int) -> Caches:
 
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_rows_keep_their_own_keys_through_any_arrangement(seed: int, batched: bool) -> None:
+@pytest.mark.parametrize("make", ROW_CACHES.values(), ids=list(ROW_CACHES))
+def test_rows_keep_their_own_keys_through_any_arrangement(make: Callable[[], Any], seed: int, batched: bool) -> None:
     choose = random.Random(seed)
     group = Group(batched=batched)
-    aside = {row: fresh(row, 1 + row) for row in range(5)}
+    aside = {row: fresh(row, 1 + row, make) for row in range(5)}
     expected = {row: [1000 * row + p for p in range(1 + row)] for row in range(5)}
     for step in range(25):
         rows = choose.sample(sorted(expected), choose.randint(1, len(expected)))
@@ -80,6 +91,7 @@ def test_a_group_whose_rows_are_all_dropped_frees_its_batch() -> None:
 
 def test_which_caches_can_be_batched() -> None:
     assert row_cache.can_batch([KVCache(), RotatingKVCache(8), ArraysCache(2), CacheList(KVCache(), ArraysCache(1))])
+    assert row_cache.can_batch([KvFormat(8, 64).empty_row()])
     assert not row_cache.can_batch([KVCache(), QuantizedKVCache()])
     assert not row_cache.can_batch([CacheList(KVCache(), ChunkedKVCache(8))])
 
@@ -124,7 +136,7 @@ def remembered(cache: Any) -> Any:
 
 KINDS: dict[str, Callable[[], Any]] = {
     "kv": KVCache,
-    "quantized": QuantizedKVCache,
+    "quantized": KvFormat(8, 64).empty_row,
     "window": lambda: RotatingKVCache(4),
     "arrays": lambda: ArraysCache(2),
     "list": lambda: CacheList(KVCache(), ArraysCache(2)),
