@@ -1,4 +1,4 @@
-"""A tool call and its result, with OpenAI's own client. The call is constrained: a tiny model's arguments are valid too.
+"""A tool call and its result, with OpenAI's client. The call is constrained: a tiny model writes valid arguments too.
 
 pip install openai
 python examples/openai_tools.py [BASE_URL] [MODEL]        # http://127.0.0.1:8000 and demo, when left out
