@@ -57,7 +57,7 @@ class StartStageRequest(_message.Message):
     def __init__(self, cluster: _Optional[str] = ..., plan_json: _Optional[str] = ..., stage: _Optional[int] = ..., epoch: _Optional[str] = ...) -> None: ...
 
 class StageProgress(_message.Message):
-    __slots__ = ("state", "done_bytes", "total_bytes", "address", "mlx_address", "code", "message", "can_trim", "kv_bytes_per_position", "kv_fixed_bytes")
+    __slots__ = ("state", "done_bytes", "total_bytes", "address", "mlx_address", "code", "message", "can_trim", "kv_bytes_per_position", "kv_fixed_bytes", "kv_budget_bytes")
     STATE_FIELD_NUMBER: _ClassVar[int]
     DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class StageProgress(_message.Message):
     CAN_TRIM_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_POSITION_FIELD_NUMBER: _ClassVar[int]
     KV_FIXED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     state: str
     done_bytes: int
     total_bytes: int
@@ -78,7 +79,8 @@ class StageProgress(_message.Message):
     can_trim: bool
     kv_bytes_per_position: int
     kv_fixed_bytes: int
-    def __init__(self, state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., address: _Optional[str] = ..., mlx_address: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., can_trim: _Optional[bool] = ..., kv_bytes_per_position: _Optional[int] = ..., kv_fixed_bytes: _Optional[int] = ...) -> None: ...
+    kv_budget_bytes: int
+    def __init__(self, state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., address: _Optional[str] = ..., mlx_address: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., can_trim: _Optional[bool] = ..., kv_bytes_per_position: _Optional[int] = ..., kv_fixed_bytes: _Optional[int] = ..., kv_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class LinkStageRequest(_message.Message):
     __slots__ = ("pipeline", "stage", "epoch", "transport", "stage_addresses", "mlx_addresses")

@@ -42,12 +42,24 @@ def _check_origin(text: str) -> str:
     return text
 
 
+def _check_kv_budget(text: str) -> str:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if text == "auto" or (found and 0 < float(found[1]) <= 100) or re.fullmatch(r"\s*(0?\.\d*[1-9]\d*|1\.0+)\s*", text):
+        return text
+    try:
+        parse_bytes(text)
+    except ValueError:
+        raise ValueError(f'{text!r} is neither an amount like 4GB, nor a share like 50% or 0.5, nor "auto"') from None
+    return text
+
+
 def _bare_number_as_text(value: Any) -> Any:
-    """``memory_budget: 12000000000`` and ``split: 28`` are numbers to YAML, and text here."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """``memory_budget: 12000000000``, ``split: 28`` and ``kv_budget: 0.5`` are numbers to YAML, and text here."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 MemoryAmount = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_amount)]
+KvBudget = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_kv_budget)]
 Split = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_split)]
 HostName = Annotated[str, AfterValidator(_check_host_name)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
@@ -194,6 +206,8 @@ class RuntimeSection(Section):
     missing_models: Literal["fetch", "peers", "off"] = "fetch"
     load_timeout: Annotated[float, Field(gt=0)] = 600.0
     hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
+    # Memory of each stage for the rows' keys and values: an amount, a share of what is free ("50%"), or all of it.
+    kv_budget: KvBudget = "auto"
     prefix_cache: PrefixCacheSection = PrefixCacheSection()
     kv_bits: Literal[4, 8] | None = None  # keys and values in so many bits; null keeps the model's precision
     kv_group_size: Literal[32, 64] = 64  # values that share a scale; it must divide the model's head size

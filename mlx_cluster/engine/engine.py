@@ -19,6 +19,7 @@ from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
 from mlx_cluster.engine.chunking import ChunkTimes
 from mlx_cluster.engine.fill import Fill
+from mlx_cluster.engine.memory import StageMemory
 from mlx_cluster.engine.prefix import Limits, PrefixIndex
 from mlx_cluster.engine.rehearsal import rehearse
 from mlx_cluster.engine.rehearsal import request as canary_request
@@ -87,6 +88,7 @@ class PipelineEngine:
         report_deadline_seconds: float,
         prefix: Limits | None = None,
         shares: Mapping[str, Share] | None = None,
+        memory: Sequence[StageMemory] = (),
         drafts: Bounds | None = None,
     ) -> None:
         self.plan = plan
@@ -109,6 +111,8 @@ class PipelineEngine:
                 max_prompts=settings.max_prompts,
                 shares=shares or {},
                 ageing_seconds=settings.ageing_seconds,
+                max_groups=self._fill.max_groups,
+                memory=tuple(memory),
                 step_seconds=self._fill.step_seconds,
                 chunk_times=self._chunk_times,
                 itl_budget_seconds=settings.itl_budget_ms / 1000,

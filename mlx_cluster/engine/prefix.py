@@ -26,11 +26,15 @@ BLOCK_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class RowCost:
-    """What a row takes on one stage, as that stage measured it, and whether its caches can be cut."""
+    """What a row takes on one stage, as that stage measured it, and whether its caches can be cut.
+
+    ``budget_bytes`` is what the stage has for all rows together; None is no bound.
+    """
 
     bytes_per_position: int
     fixed_bytes: int
     can_trim: bool
+    budget_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from mlx_cluster.node.bringup import EngineMaker, PipelineDriver, StageAgent, Ti
 from mlx_cluster.node.drivers import Drivers
 from mlx_cluster.node.history import History
 from mlx_cluster.node.identity import Identity, ipv4_of
+from mlx_cluster.node.kv_budget import kv_budget, measured_room
 from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.peers import OwnAgent, Peers
@@ -105,6 +106,7 @@ class Agent:
             mlx_host=ipv4_of(identity.host),
             link_timeout_seconds=settings.network.connect_timeout,
             on_change=self._change,
+            kv_budget=self._kv_budget,
         )
         self.drivers = Drivers(self._make_driver)
         self.peers = Peers(settings.cluster.name, identity.peers, {m.node_id: m.name for m in identity.members})
@@ -400,6 +402,12 @@ class Agent:
             if node is None or node.state == "dead":
                 return f"{self.view.name_of(stage.node_id)} is dead ({node.detail if node else 'unknown'})"
         return ""
+
+    def _kv_budget(self, granted_bytes: int | None, weight_bytes: int) -> int:
+        """Bytes for rows of a stage that has loaded; runs in a thread."""
+        runtime = self.settings.runtime
+        prefix_bytes = parse_bytes(runtime.prefix_cache.max_bytes) if runtime.prefix_cache.enabled else 0
+        return kv_budget(runtime.kv_budget, measured_room(granted_bytes, weight_bytes), prefix_bytes)
 
     def _make_spec(self, plan: Plan, index: int, epoch: Epoch) -> StageSpec:
         """Raises ``CheckpointError`` when this node's model is not the plan's."""

@@ -269,7 +269,8 @@ class PipelineDriver:
 
 
 def _row_cost(progress: cluster_pb2.StageProgress) -> RowCost:
-    return RowCost(progress.kv_bytes_per_position, progress.kv_fixed_bytes, progress.can_trim)
+    budget = progress.kv_budget_bytes if progress.HasField("kv_budget_bytes") else None
+    return RowCost(progress.kv_bytes_per_position, progress.kv_fixed_bytes, progress.can_trim, budget)
 
 
 async def _until_lost(engine: DrivenEngine) -> None:

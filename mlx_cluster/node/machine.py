@@ -18,6 +18,8 @@ import mlx_cluster
 _MEMINFO = Path("/proc/meminfo")
 _CUDA_WHEELS = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
 _VM_STAT_SECONDS = 2.0
+# macOS lets the GPU have two thirds of a small machine's memory and three quarters of a large one's.
+_DEFAULT_WIRED_SHARE = 0.66
 _JACCL_MACOS = (26, 2)
 
 
@@ -41,6 +43,24 @@ def _free_on_macos() -> int:
         return total_bytes() // 2
     pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", text, re.MULTILINE)
     return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def wired_limit_bytes() -> int | None:
+    """What the GPU of a Mac may hold; None elsewhere. ``iogpu.wired_limit_mb`` is 0 until somebody sets it."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        text = subprocess.run(
+            ["sysctl", "-n", "iogpu.wired_limit_mb"],
+            capture_output=True,
+            text=True,
+            timeout=_VM_STAT_SECONDS,
+            check=True,
+        ).stdout
+        limit = int(text) * 1024 * 1024
+    except (OSError, ValueError, subprocess.SubprocessError):
+        limit = 0
+    return limit or int(_DEFAULT_WIRED_SHARE * total_bytes())
 
 
 def cores() -> int:

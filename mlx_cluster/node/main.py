@@ -18,6 +18,7 @@ from mlx_cluster.config.load import Loaded
 from mlx_cluster.config.quantity import parse_bytes
 from mlx_cluster.config.schema import PrefixCacheSection, Settings, SpeculationSection
 from mlx_cluster.engine.engine import PipelineEngine
+from mlx_cluster.engine.memory import StageMemory
 from mlx_cluster.engine.prefix import Limits, RowCost
 from mlx_cluster.engine.speculation import Bounds
 from mlx_cluster.engine.waiting import Share
@@ -133,6 +134,7 @@ def engine_maker(settings: Settings, models: LocalModels, state_dir: Path) -> En
             report_deadline_seconds=settings.runtime.hang_timeout,
             prefix=prefix_limits(settings.runtime.prefix_cache, row_costs),
             drafts=draft_bounds(settings.speculation, row_costs),
+            memory=[StageMemory(c.budget_bytes, c.bytes_per_position, c.fixed_bytes) for c in row_costs],
             shares={key.tenant: Share(key.weight, key.max_waiting) for key in settings.api_gateway.keys},
         )
         share = settings.scheduler.share_identical

@@ -17,6 +17,7 @@ from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.status import StageState, StageStatus
 from mlx_cluster.config.ports import is_free
+from mlx_cluster.config.quantity import format_bytes
 from mlx_cluster.errors import ClusterError, Fenced, StageStartError
 from mlx_cluster.node.leases import Lease, PortLeases
 from mlx_cluster.node.state import NodeState
@@ -52,6 +53,10 @@ class StageStarter(Protocol):
 SpecMaker = Callable[[Plan, int, Epoch], StageSpec]
 
 
+# (bytes granted for weights and rows, bytes that the weights took) → bytes for rows
+KvBudget = Callable[[int | None, int], int]
+
+
 @dataclass(slots=True)
 class _Held:
     """A stage of this node, running or ended; an ended one stays in the table to say why."""
@@ -62,6 +67,7 @@ class _Held:
     lease: Lease | None = None
     process: StageHandle | None = None
     state: StageState = "starting"
+    granted_bytes: int | None = None  # for weights and rows
     memory_bytes: int = 0
     done_bytes: int = 0
     total_bytes: int = 0
@@ -99,7 +105,9 @@ class StageHost:
         mlx_host: str,
         link_timeout_seconds: float,
         on_change: Callable[[], None],
+        kv_budget: KvBudget | None = None,
     ) -> None:
+        self._kv_budget = kv_budget
         self._state, self._make_spec, self._start_process, self._leases = state, make_spec, start_process, leases
         self._advertised_host, self._mlx_host = advertised_host, mlx_host
         self._link_timeout_seconds = link_timeout_seconds
@@ -140,6 +148,7 @@ class StageHost:
             event = finished.result()
             self._check_current(held)
             held.state, held.memory_bytes = "loaded", event.memory_bytes
+            budget = await self._budget(held, event)
             complete = True
             self._on_change()
             yield cluster_pb2.StageProgress(
@@ -151,6 +160,7 @@ class StageHost:
                 can_trim=event.can_trim,
                 kv_bytes_per_position=event.kv_bytes_per_position,
                 kv_fixed_bytes=event.kv_fixed_bytes,
+                kv_budget_bytes=budget,
             )
         except ClusterError as error:
             self._fail(held, str(error))
@@ -160,6 +170,15 @@ class StageHost:
             if not complete:
                 await self._end(held)
 
+    async def _budget(self, held: _Held, event: StageEvent) -> int | None:
+        """Bytes for the rows of a stage that has just loaded; None where they cost nothing, as when it is emulated."""
+        if self._kv_budget is None or not (event.kv_bytes_per_position or event.kv_fixed_bytes):
+            return None
+        budget = await asyncio.to_thread(self._kv_budget, held.granted_bytes, event.memory_bytes)
+        positions = max(0, budget - event.kv_fixed_bytes) // max(1, event.kv_bytes_per_position)
+        _log.info("memory for rows", stage=held.index, kv_budget=format_bytes(budget), positions=positions)
+        return budget
+
     async def _spawn(self, plan: Plan, index: int, epoch: Epoch) -> _Held:
         async with self._lock(plan.pipeline):
             self._state.see(plan.pipeline, epoch)
@@ -168,7 +187,7 @@ class StageHost:
                 raise Fenced(f"stage {index} of {plan.pipeline} was already started in epoch {current.epoch}")
             await self._end_pipeline(plan.pipeline, older_than=epoch)
             spec = self._make_spec(plan, index, epoch)
-            held = _Held(plan, index, epoch)
+            held = _Held(plan, index, epoch, granted_bytes=spec.memory_budget_bytes)
             if plan.transport not in _WITHOUT_MLX:
                 held.lease = self._leases.lease(self._mlx_host)
             self._held[(plan.pipeline, index)] = held
