@@ -30,7 +30,7 @@ from mlx_cluster.gateway.openai import Answered, CompletionDialect, Dialect, Hea
 from mlx_cluster.gateway.parts import Part
 from mlx_cluster.gateway.prepare import Prepared, prepare
 from mlx_cluster.gateway.session import ChoiceEnd, Delta, Limits, PartDelta, Session, Usage
-from mlx_cluster.gateway.sse import EventWriter
+from mlx_cluster.gateway.sse import EVENT_STREAM, EventWriter
 from mlx_cluster.metrics import GatewayMetrics
 from mlx_cluster.tokenizer import Tokenizer
 
@@ -82,13 +82,23 @@ class GenerationResponse(Response):
     Errors before the status are raised, for the application to answer.
     """
 
-    def __init__(self, gateway: Gateway, ask: Ask, make_dialect: MakeDialect, answer_id: str, request_id: str) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        ask: Ask,
+        make_dialect: MakeDialect,
+        answer_id: str,
+        request_id: str,
+        *,
+        content_type: bytes = EVENT_STREAM,
+    ) -> None:
         super().__init__()
         self._gateway = gateway
         self._ask = ask
         self._make_dialect = make_dialect
         self._answer_id = answer_id
         self._request_id = request_id
+        self._content_type = content_type  # of a stream
         self._started_at = asyncio.get_running_loop().time()
 
     async def __call__(self, _scope: Any, receive: Receive, send: Send) -> None:
@@ -98,7 +108,7 @@ class GenerationResponse(Response):
         # The place is free and the engine's rows are released before the last bytes go out: a client that sends its
         # next request as soon as it has its answer must not find its own old one in the way.
         if self._ask.stream:
-            writer = EventWriter(send, self._gateway.settings.slow_reader_timeout)
+            writer = EventWriter(send, self._gateway.settings.slow_reader_timeout, self._content_type)
             with self._gateway.place():
                 last = await self._stream(writer)
             try:

@@ -28,6 +28,7 @@ from mlx_cluster.gateway.incoming import asked_by, has_effect, name_dropped
 from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
 from mlx_cluster.gateway.models_routes import add_models
+from mlx_cluster.gateway.ollama_routes import add_ollama
 from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
 from mlx_cluster.gateway.origin import OriginPolicy
 from mlx_cluster.gateway.responses_routes import add_responses
@@ -75,6 +76,7 @@ def create_app(
     add_models(app, gateway)
     add_tokens(app, gateway)
     add_embeddings(app, gateway)
+    add_ollama(app, gateway)
     _add_state(app, gateway, node_info, metrics)
     add_web_page(app, gateway)
     return app

@@ -1,7 +1,7 @@
 """Texts to vectors: one pooled sequence for each text, some at a time.
 
 Owns: the bounds of such a request, its sequences, its deadline.
-Does not own: the dialects that ask for vectors (``embeddings_routes``, ``ollama_routes``), what a vector is (the engine).
+Does not own: the dialects that ask for vectors (``embeddings_routes``, ``ollama_routes``), the vectors (the engine).
 Invariant: every text has one vector, in order, or the request fails as a whole and its sequences are cancelled.
 """
 
@@ -50,8 +50,8 @@ async def embed(wish: Wish, gateway: Gateway, caller: Caller, request_id: str) -
     model = gateway.catalogue.find(wish.model)
     if model.embeddings is None:
         raise InvalidRequest(
-            f"the model {model.id!r} gives no embeddings: it was made to generate text, and the state inside of one is no "
-            f"measure of likeness; ask an embedding model, or say models.{model.id}.embeddings: last (or mean) if it is one",
+            f"the model {model.id!r} gives no embeddings: it was made to generate text, and the state inside of one is "
+            f"no measure of likeness; ask an embedding model (is it one? models.{model.id}.embeddings: last)",
             param=wish.model_field,
             code="unsupported_model",
         )

@@ -214,6 +214,84 @@ EMBEDDINGS: Mapping[str, Rule] = {
 }
 
 
+_OLLAMA: Mapping[str, Rule] = {
+    **dict.fromkeys(("model", "stream", "format", "options", "think", "logprobs", "top_logprobs"), HONOURED),
+    "keep_alive": ADVISORY,  # what is served stays loaded
+    "truncate": _dropped("a prompt is not cut to fit; one that does not fit is refused", False),
+    "shift": _dropped("a context that is full ends the answer", False),
+}
+
+OLLAMA_CHAT: Mapping[str, Rule] = {
+    **_OLLAMA,
+    **dict.fromkeys(("messages", "tools"), HONOURED),
+}
+
+OLLAMA_GENERATE: Mapping[str, Rule] = {
+    **_OLLAMA,
+    **dict.fromkeys(("prompt", "suffix", "system", "raw"), HONOURED),
+    "images": _refused(_TEXT_ONLY, []),
+    "template": _refused("the model's own template is used; with raw: true the prompt is taken as it is", ""),
+    "context": _refused("token ids of earlier answers are not taken back; use /api/chat with its messages", []),
+    **dict.fromkeys(("width", "height", "steps"), _refused(_TEXT_ONLY)),
+}
+
+OLLAMA_OPTIONS: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "num_predict",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "seed",
+            "stop",
+            "repeat_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
+        HONOURED,
+    ),
+    **dict.fromkeys(
+        (
+            "num_ctx",
+            "num_keep",
+            "num_batch",
+            "num_gpu",
+            "main_gpu",
+            "num_thread",
+            "numa",
+            "low_vram",
+            "f16_kv",
+            "use_mmap",
+            "use_mlock",
+            "vocab_only",
+            "logits_all",
+            "embedding_only",
+        ),
+        ADVISORY,
+    ),
+    "repeat_last_n": _dropped("the repeat penalty looks at the whole conversation", -1),
+    "tfs_z": _dropped("there is no such filter", 1, 1.0),
+    "typical_p": _dropped("there is no such filter", 1, 1.0),
+    "mirostat": _dropped("there is no such sampler", 0),
+    "mirostat_tau": _dropped("there is no such sampler"),
+    "mirostat_eta": _dropped("there is no such sampler"),
+    "penalize_newline": _dropped("a line's end is penalised as any other token", True),
+}
+
+OLLAMA_EMBED: Mapping[str, Rule] = {
+    **dict.fromkeys(("model", "input", "truncate", "dimensions"), HONOURED),
+    **dict.fromkeys(("options", "keep_alive"), ADVISORY),
+}
+
+OLLAMA_EMBEDDINGS: Mapping[str, Rule] = {
+    **dict.fromkeys(("model", "prompt"), HONOURED),
+    **dict.fromkeys(("options", "keep_alive"), ADVISORY),
+}
+
+OLLAMA_SHOW: Mapping[str, Rule] = {"model": HONOURED, "verbose": ADVISORY}
+
+
 def honoured(values: Mapping[str, Any], table: Mapping[str, Rule], dropped: list[str] | None = None) -> dict[str, Any]:
     """The honoured fields that are present (null means absent); raises ``InvalidRequest`` for any other with effect.
 

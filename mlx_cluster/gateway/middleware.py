@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from mlx_cluster import log
 from mlx_cluster.errors import ClusterError
-from mlx_cluster.gateway import messages_errors
+from mlx_cluster.gateway import messages_errors, ollama_dialect
 from mlx_cluster.gateway.client import ClientGone, Message, Receive, Send
 from mlx_cluster.gateway.errors import HeadersTooLarge, error_bytes, error_headers, form_of, is_internal
 from mlx_cluster.gateway.origin import Headers, OriginPolicy
@@ -90,16 +90,20 @@ class Exchange:
                 _log.error("request failed", request=request_id, path=scope["path"], exc_info=error)
             if status:
                 raise  # the answer was under way: the server closes the connection
-            await _send_error(error, request_id, send_with_id, anthropic=messages_errors.asked(scope))
+            await _send_error(error, request_id, send_with_id, scope)
         finally:
             count()
 
 
-async def _send_error(error: Exception, request_id: str, send: Send, *, anthropic: bool) -> None:
-    status = messages_errors.status_of(error) if anthropic else form_of(error).status
-    code = getattr(error, "code", ClusterError.code)
-    _log.info("refused", request=request_id, status=status, code=code)
-    body = messages_errors.envelope(error, request_id) if anthropic else error_bytes(error, request_id)
+async def _send_error(error: Exception, request_id: str, send: Send, scope: Any) -> None:
+    status, body = form_of(error).status, b""
+    if messages_errors.asked(scope):
+        status, body = messages_errors.status_of(error), messages_errors.envelope(error, request_id)
+    elif ollama_dialect.asked(scope):
+        body = ollama_dialect.error_bytes(error, request_id)
+    else:
+        body = error_bytes(error, request_id)
+    _log.info("refused", request=request_id, status=status, code=getattr(error, "code", ClusterError.code))
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
     await _send_whole(send, status, [(name.encode(), value.encode()) for name, value in headers.items()], body)
 

@@ -87,6 +87,7 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int = 0  # of the completion tokens
+    first_token_seconds: float | None = None  # since the request arrived
 
 
 def _call_id() -> str:
@@ -135,7 +136,13 @@ class Session:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._prepared.prompt_tokens, self._completion_tokens, self._cached_tokens, self._reasoning_tokens)
+        return Usage(
+            self._prepared.prompt_tokens,
+            self._completion_tokens,
+            self._cached_tokens,
+            self._reasoning_tokens,
+            self.first_token_seconds,
+        )
 
     async def __aenter__(self) -> Session:
         for sequence in self._prepared.sequences:

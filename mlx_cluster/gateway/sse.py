@@ -14,8 +14,8 @@ from mlx_cluster.gateway.errors import SlowReader
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
 _HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies would collect the events otherwise
 ]
@@ -27,13 +27,14 @@ class EventWriter:
     After a ``SlowReader`` one more ``write`` may tell the client why its stream ends, should it read on.
     """
 
-    def __init__(self, send: Send, write_timeout_seconds: float) -> None:
+    def __init__(self, send: Send, write_timeout_seconds: float, content_type: bytes = EVENT_STREAM) -> None:
         self._send = send
+        self._headers = [(b"content-type", content_type), *_HEADERS]
         self._seconds = write_timeout_seconds
 
     async def start(self) -> None:
         """Send the status; from here on errors are events."""
-        message = {"type": "http.response.start", "status": 200, "headers": list(_HEADERS)}
+        message = {"type": "http.response.start", "status": 200, "headers": self._headers}
         await send_within(self._send, message, self._seconds)
 
     async def write(self, data: bytes) -> None:

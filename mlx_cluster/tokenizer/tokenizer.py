@@ -39,7 +39,7 @@ class Tokenizer:
         self.has_chat_template: bool = inner.chat_template is not None
         self._added: dict[int, Any] = dict(inner.added_tokens_decoder)
         self._special = frozenset(inner.all_special_ids) | {id_ for id_, token in self._added.items() if token.special}
-        template = _template_text(inner.chat_template)
+        self.template = template = _template_text(inner.chat_template)
         vocabulary = inner.get_vocab()
         self.reasoning: Markers | None = find_markers(template, vocabulary)
         self.fim: FimTokens | None = find_fim(vocabulary)
