@@ -207,7 +207,9 @@ async def cluster(nodes: int, base_port: int, gateway_port: int, client: httpx.A
     for setting in (*SETTINGS, f"coordinator.port={base_port + 300 + 100 * nodes}"):
         command += ["--set", setting]
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = await asyncio.to_thread(
+            subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             yield Cluster(await _ready(process, f"http://127.0.0.1:{base_port + 4}/cluster", nodes, client))
         except BaseException:
