@@ -1,0 +1,220 @@
+"""Four real nodes under load, one role each, and what a cell of the fault matrix does to them.
+
+Owns: the cluster's roles, the sixteen streams and what they must say, the signals, the restoring and the books.
+Does not own: processes and ports (``e2e.cluster_processes``). The matrix multiplies with the reference BLAS, which
+gives the same logits whatever shares a batch, so the reference of one quiet run holds for every recovery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from mlx_cluster import demo
+from tests.e2e.cluster_processes import ClusterProcesses, alive, running, within
+
+TOKENS = 96
+SIGNAL_AFTER = 8
+CELL_SECONDS = 60.0  # the watchdog of a cell, the only duration that is asserted
+GATEWAY, SPARE_GATEWAY = 3, 0
+QUESTIONS = (
+    "Write a short poem about the sea.",
+    "def fibonacci(n):",
+    "Count from one to twenty.",
+    "The capital of France is",
+    "What is a pipeline?",
+    "import asyncio",
+    "Return the sum of a list.",
+    "How do I open a file?",
+)
+
+
+@dataclass(slots=True)
+class Stream:
+    """One client: what it asks, what it has of the answer, and when each token came."""
+
+    body: dict[str, Any]
+    tokens: list[str] = field(default_factory=list)
+    arrived_at: list[float] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    num_done: int = 0
+    reconnects: int = 0
+
+    def reset(self) -> None:
+        self.tokens, self.arrived_at, self.ends, self.errors, self.num_done = [], [], [], [], 0
+
+    @property
+    def longest_gap_seconds(self) -> float:
+        return max((b - a for a, b in zip(self.arrived_at, self.arrived_at[1:], strict=False)), default=0.0)
+
+
+def bodies() -> list[dict[str, Any]]:
+    """8 greedy and 8 seeded requests; the log probabilities make one list entry of every token."""
+    shared = {"model": "tiny", "max_tokens": TOKENS, "stream": True, "ignore_eos": True, "logprobs": 0}
+    greedy = [{**shared, "prompt": prompt, "temperature": 0} for prompt in QUESTIONS]
+    drawn = [{**shared, "prompt": p, "temperature": 0.9, "seed": 1000 + i} for i, p in enumerate(QUESTIONS)]
+    return [*greedy, *drawn]
+
+
+async def _read(stream: Stream, urls: list[str], progress: Callable[[], None]) -> None:
+    """Read the answer to its end; a client whose gateway dies asks the next one for the whole of it again."""
+    for url in [*urls, urls[-1]]:
+        try:
+            await _read_from(stream, url, progress)
+            return
+        except httpx.TransportError:
+            stream.reset()
+            stream.reconnects += 1
+    raise AssertionError(f"no gateway of {urls} could be reached")
+
+
+async def _read_from(stream: Stream, url: str, progress: Callable[[], None]) -> None:
+    async with (
+        httpx.AsyncClient(timeout=httpx.Timeout(CELL_SECONDS, read=5.0 + CELL_SECONDS), trust_env=False) as client,
+        client.stream("POST", f"{url}/v1/completions", json=stream.body) as answer,
+    ):
+        assert answer.status_code == 200, (await answer.aread()).decode()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: "):
+                continue
+            data = line.removeprefix("data: ")
+            if data == "[DONE]":
+                stream.num_done += 1
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                stream.errors.append(event["error"]["message"])
+                continue
+            for choice in event["choices"]:
+                new = choice["logprobs"]["tokens"] if choice.get("logprobs") else []
+                stream.tokens += new
+                stream.arrived_at += [time.monotonic()] * len(new)
+                if choice["finish_reason"]:
+                    stream.ends.append(choice["finish_reason"])
+            progress()
+
+
+async def _load(urls: list[str], strike: Callable[[], None] | None) -> list[Stream]:
+    streams = [Stream(body) for body in bodies()]
+    struck = False
+
+    def progress() -> None:
+        nonlocal struck
+        if strike is not None and not struck and all(len(s.tokens) >= SIGNAL_AFTER for s in streams):
+            struck = True
+            strike()
+
+    async with asyncio.timeout(CELL_SECONDS):
+        await asyncio.gather(*(_read(stream, urls, progress) for stream in streams))
+    assert struck or strike is None, "the streams ended before the signal"
+    return streams
+
+
+def load(urls: list[str], strike: Callable[[], None] | None = None) -> list[Stream]:
+    """All streams at once, to their ends; ``strike`` is called when each of them has had ``SIGNAL_AFTER`` tokens."""
+    return asyncio.run(_load(urls, strike))
+
+
+@dataclass(slots=True)
+class Fleet:
+    """A running cluster, the reference tokens of its streams, and the stage processes it has ever had."""
+
+    cluster: ClusterProcesses
+    split: str
+    reference: list[list[str]] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+
+    @property
+    def wanted(self) -> list[tuple[int, int]]:
+        """(node, layers) of each stage."""
+        return [(node, int(count)) for node, count in enumerate(self.split.split("/")) if int(count)]
+
+    def urls(self) -> list[str]:
+        return [self.cluster.gateway(GATEWAY), self.cluster.gateway(SPARE_GATEWAY)]
+
+    def coordinator(self) -> int:
+        picture = within("a coordinator", lambda: self.cluster.admin(node=GATEWAY))
+        return int(picture["coordinator"]["node_id"])
+
+    def stages(self) -> list[dict[str, Any]]:
+        return list(self.balanced()["stages"])
+
+    def stage_pids(self, node: int) -> list[int]:
+        return [int(s["pid"]) for s in self.stages() if s["node_id"] == node]
+
+    def balanced(self) -> dict[str, Any]:
+        """The pipeline, once all nodes live, agree on it, and hold just the stages that were asked for."""
+
+        def probe() -> dict[str, Any] | None:
+            found = [self._pipeline_of(self.cluster.admin(node=node)) for node in range(self.cluster.num_nodes)]
+            return found[0] if all(found) and len({each["epoch"] for each in found if each}) == 1 else None
+
+        pipeline = within("the books balance", probe, CELL_SECONDS)
+        self.seen |= {int(s["pid"]) for s in pipeline["stages"]}
+        return pipeline
+
+    def _pipeline_of(self, picture: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The pipeline of a node's picture in which everything is as it should be."""
+        if picture is None or len(picture["pipelines"]) != 1 or any(n["state"] != "alive" for n in picture["nodes"]):
+            return None
+        pipeline: dict[str, Any] = picture["pipelines"][0]
+        stages = pipeline["stages"]
+        held = [(s["node_id"], s["end"] - s["start"]) for s in stages]
+        ready = pipeline["state"] == "ready" and all(s["pid"] for s in stages)
+        return pipeline if ready and held == self.wanted else None
+
+    def check_no_orphans(self) -> None:
+        """Of all stage processes there ever were, only the present ones live."""
+        present = {int(s["pid"]) for s in self.stages()}
+        within("no orphan", lambda: not any(map(alive, self.seen - present)) or None, 20.0)
+
+    def send(self, number: signal.Signals, pids: list[int]) -> None:
+        for pid in pids:
+            os.kill(pid, number)
+
+    def check(self, streams: list[Stream]) -> None:
+        for index, (stream, reference) in enumerate(zip(streams, self.reference, strict=True)):
+            assert stream.errors == [], f"stream {index}"
+            assert stream.tokens == reference, f"stream {index} differs from the quiet run"
+            assert (stream.ends, stream.num_done) == (["length"], 1), f"stream {index}"
+
+    def restore(self, node: int, number: signal.Signals, pids: list[int]) -> None:
+        """Bring a struck node back."""
+        if number is signal.SIGSTOP:
+            self.send(signal.SIGCONT, [pid for pid in pids if alive(pid)])
+            return
+        process = self.cluster.processes.pop(node)
+        process.wait(CELL_SECONDS)
+        self.cluster.start(node)
+
+
+@contextmanager
+def fleet(folder: Path, split: str, transport: str = "grpc") -> Iterator[Fleet]:
+    """A cluster of as many nodes as the split names, its reference taken from a run in which nothing happens."""
+    settings: dict[str, Any] = {
+        "runtime": {"blas": "off"},
+        "network": {"transport": transport},
+        "log": {"level": "info"},
+    }
+    cluster = ClusterProcesses(
+        folder, demo.model_dir(), num_nodes=len(split.split("/")), split=split, settings=settings
+    )
+    with running(cluster):
+        made = Fleet(cluster, split)
+        made.balanced()
+        streams = load(made.urls())
+        made.reference = [stream.tokens for stream in streams]
+        assert all(len(tokens) == TOKENS for tokens in made.reference)
+        made.check(load(made.urls()))
+        yield made
