@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mlx_cluster._pb import stage_pb2 as mlx__cluster_dot___pb_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmlx_cluster/_pb/engine.proto\x12\x0bmlx_cluster\x1a\x1bmlx_cluster/_pb/stage.proto\"\xc9\x03\n\x0fSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\'\n\x08sampling\x18\x05 \x01(\x0b\x32\x15.mlx_cluster.Sampling\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0f\n\x07\x65mitted\x18\x08 \x03(\r\x12\x10\n\x08priority\x18\t \x01(\x05\x12*\n\x07grammar\x18\n \x01(\x0b\x32\x14.mlx_cluster.GrammarH\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12\x1a\n\rqueue_seconds\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tspeculate\x18\r \x01(\x08H\x02\x88\x01\x01\x12\x0b\n\x03key\x18\x0e \x01(\t\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x03\x88\x01\x01\x12\x0c\n\x04pool\x18\x10 \x01(\t\x12\x12\n\nrepeatable\x18\x11 \x01(\x08\x42\n\n\x08_grammarB\x10\n\x0e_queue_secondsB\x0c\n\n_speculateB\x12\n\x10_prompt_logprobs\"\xed\x01\n\rSequenceEvent\x12)\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x15.mlx_cluster.AdmittedH\x00\x12(\n\x05token\x18\x02 \x01(\x0b\x32\x17.mlx_cluster.TokenEventH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.mlx_cluster.FinishedH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.mlx_cluster.EngineFailureH\x00\x12%\n\x06scored\x18\x05 \x01(\x0b\x32\x13.mlx_cluster.ScoredH\x00\x42\x06\n\x04kind\"<\n\x0eSequenceEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.mlx_cluster.SequenceEvent\"!\n\x08\x41\x64mitted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"u\n\nTokenEvent\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.mlx_cluster.TopLogprobB\n\n\x08_logprob\"1\n\x06Scored\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.mlx_cluster.TokenEvent\"s\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06pooled\x18\x05 \x03(\x02\"\x86\x01\n\rEngineFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12 \n\x13retry_after_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05param\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x16\n\x14_retry_after_secondsB\x08\n\x06_param2P\n\x06\x45ngine\x12\x46\n\x08Generate\x12\x1c.mlx_cluster.SequenceRequest\x1a\x1a.mlx_cluster.SequenceEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmlx_cluster/_pb/engine.proto\x12\x0bmlx_cluster\x1a\x1bmlx_cluster/_pb/stage.proto\"\xc9\x03\n\x0fSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\'\n\x08sampling\x18\x05 \x01(\x0b\x32\x15.mlx_cluster.Sampling\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0f\n\x07\x65mitted\x18\x08 \x03(\r\x12\x10\n\x08priority\x18\t \x01(\x05\x12*\n\x07grammar\x18\n \x01(\x0b\x32\x14.mlx_cluster.GrammarH\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\x0b \x01(\t\x12\x1a\n\rqueue_seconds\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tspeculate\x18\r \x01(\x08H\x02\x88\x01\x01\x12\x0b\n\x03key\x18\x0e \x01(\t\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x03\x88\x01\x01\x12\x0c\n\x04pool\x18\x10 \x01(\t\x12\x12\n\nrepeatable\x18\x11 \x01(\x08\x42\n\n\x08_grammarB\x10\n\x0e_queue_secondsB\x0c\n\n_speculateB\x12\n\x10_prompt_logprobs\"\x90\x02\n\rSequenceEvent\x12)\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x15.mlx_cluster.AdmittedH\x00\x12(\n\x05token\x18\x02 \x01(\x0b\x32\x17.mlx_cluster.TokenEventH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.mlx_cluster.FinishedH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.mlx_cluster.EngineFailureH\x00\x12%\n\x06scored\x18\x05 \x01(\x0b\x32\x13.mlx_cluster.ScoredH\x00\x12!\n\x04tick\x18\x06 \x01(\x0b\x32\x11.mlx_cluster.TickH\x00\x42\x06\n\x04kind\"<\n\x0eSequenceEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.mlx_cluster.SequenceEvent\"!\n\x08\x41\x64mitted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"u\n\nTokenEvent\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.mlx_cluster.TopLogprobB\n\n\x08_logprob\"1\n\x06Scored\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.mlx_cluster.TokenEvent\"s\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0e\n\x06pooled\x18\x05 \x03(\x02\"\x86\x01\n\rEngineFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12 \n\x13retry_after_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05param\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x16\n\x14_retry_after_secondsB\x08\n\x06_param2P\n\x06\x45ngine\x12\x46\n\x08Generate\x12\x1c.mlx_cluster.SequenceRequest\x1a\x1a.mlx_cluster.SequenceEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEREQUEST']._serialized_start=75
   _globals['_SEQUENCEREQUEST']._serialized_end=532
   _globals['_SEQUENCEEVENT']._serialized_start=535
-  _globals['_SEQUENCEEVENT']._serialized_end=772
-  _globals['_SEQUENCEEVENTS']._serialized_start=774
-  _globals['_SEQUENCEEVENTS']._serialized_end=834
-  _globals['_ADMITTED']._serialized_start=836
-  _globals['_ADMITTED']._serialized_end=869
-  _globals['_TOKENEVENT']._serialized_start=871
-  _globals['_TOKENEVENT']._serialized_end=988
-  _globals['_SCORED']._serialized_start=990
-  _globals['_SCORED']._serialized_end=1039
-  _globals['_FINISHED']._serialized_start=1041
-  _globals['_FINISHED']._serialized_end=1156
-  _globals['_ENGINEFAILURE']._serialized_start=1159
-  _globals['_ENGINEFAILURE']._serialized_end=1293
-  _globals['_ENGINE']._serialized_start=1295
-  _globals['_ENGINE']._serialized_end=1375
+  _globals['_SEQUENCEEVENT']._serialized_end=807
+  _globals['_SEQUENCEEVENTS']._serialized_start=809
+  _globals['_SEQUENCEEVENTS']._serialized_end=869
+  _globals['_ADMITTED']._serialized_start=871
+  _globals['_ADMITTED']._serialized_end=904
+  _globals['_TOKENEVENT']._serialized_start=906
+  _globals['_TOKENEVENT']._serialized_end=1023
+  _globals['_SCORED']._serialized_start=1025
+  _globals['_SCORED']._serialized_end=1074
+  _globals['_FINISHED']._serialized_start=1076
+  _globals['_FINISHED']._serialized_end=1191
+  _globals['_ENGINEFAILURE']._serialized_start=1194
+  _globals['_ENGINEFAILURE']._serialized_end=1328
+  _globals['_ENGINE']._serialized_start=1330
+  _globals['_ENGINE']._serialized_end=1410
 # @@protoc_insertion_point(module_scope)

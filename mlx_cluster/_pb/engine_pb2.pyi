@@ -46,18 +46,20 @@ class SequenceRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_stage_pb2.Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., emitted: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[_stage_pb2.Grammar, _Mapping]] = ..., tenant: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., speculate: _Optional[bool] = ..., key: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., pool: _Optional[str] = ..., repeatable: _Optional[bool] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
-    __slots__ = ("admitted", "token", "finished", "failure", "scored")
+    __slots__ = ("admitted", "token", "finished", "failure", "scored", "tick")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     SCORED_FIELD_NUMBER: _ClassVar[int]
+    TICK_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     token: TokenEvent
     finished: Finished
     failure: EngineFailure
     scored: Scored
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[EngineFailure, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ...) -> None: ...
+    tick: _stage_pb2.Tick
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., token: _Optional[_Union[TokenEvent, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[EngineFailure, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ..., tick: _Optional[_Union[_stage_pb2.Tick, _Mapping]] = ...) -> None: ...
 
 class SequenceEvents(_message.Message):
     __slots__ = ("events",)

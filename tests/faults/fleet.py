@@ -25,7 +25,8 @@ from tests.e2e.cluster_processes import ClusterProcesses, alive, running, within
 
 TOKENS = 96
 SIGNAL_AFTER = 8
-CELL_SECONDS = 60.0  # the watchdog of a cell, the only duration that is asserted
+# The watchdog of a cell, the only duration that is asserted; a machine that does other work at the same time needs more.
+CELL_SECONDS = float(os.environ.get("FAULTS_WATCHDOG_SECONDS", "60"))
 GATEWAY, SPARE_GATEWAY = 3, 0
 QUESTIONS = (
     "Write a short poem about the sea.",

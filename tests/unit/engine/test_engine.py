@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
 
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
+from mlx_cluster.engine import remote as remote_engine
 from mlx_cluster.engine.engine import PipelineEngine
-from mlx_cluster.engine.remote import EngineService, RemoteEngine
-from mlx_cluster.errors import ContextLengthExceeded, QueueTimeout, RowFailed, StageLost, StageStartError, Unavailable
+from mlx_cluster.engine.remote import SERVICE, EngineService, RemoteEngine
+from mlx_cluster.errors import (
+    ContextLengthExceeded,
+    QueueTimeout,
+    Recovering,
+    RowFailed,
+    StageLost,
+    StageStartError,
+    Unavailable,
+)
 from mlx_cluster.microbatch import Kind
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
 from mlx_cluster.request import Admitted, Event, Finished, Sampling, SequenceRequest, Token
@@ -188,6 +198,43 @@ async def test_an_engine_on_another_node_gives_the_same_events_and_errors(engine
         await server.stop(None)
         with pytest.raises(Unavailable, match="cannot be reached"):
             await collect(remote, request())
+
+
+async def test_an_engines_node_that_falls_silent_is_given_up() -> None:
+    """What answers the call never says a word, as a frozen process would not."""
+
+    async def silent(_request: Any, _context: Any) -> None:
+        await asyncio.sleep(60)
+
+    server = grpc.aio.server()
+    handler = grpc.unary_stream_rpc_method_handler(silent)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Generate": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(Recovering, match="silent"):
+            await collect(RemoteEngine(channel, "m", silence_seconds=0.05), request())
+    await server.stop(None)
+
+
+async def test_a_slow_engine_on_another_node_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of the sequence for many times the silence that is allowed."""
+    monkeypatch.setattr(remote_engine, "TICK_SECONDS", 0.02)
+
+    class Slow:
+        async def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
+            yield Admitted()
+            await asyncio.sleep(2.0)
+            yield Finished("length", 1, 0)
+
+    server = grpc.aio.server()
+    EngineService(lambda _: Slow()).add_to(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        events = await collect(RemoteEngine(channel, "m", silence_seconds=1.0), request())
+        assert [type(e) for e in events] == [Admitted, Finished]
+    await server.stop(None)
 
 
 async def test_steps_of_several_sizes_are_timed_when_nobody_wants_anything(stages: list[FakeStage]) -> None:
