@@ -41,7 +41,7 @@ from mlx_cluster.tokenizer import tokenizer as tokenizers
 EPOCH = Epoch(1, 1)
 NUM_LAYERS = 28  # of the demo model
 REPEAT_AFTER = 24  # tokens of the emulated text
-UNRELATED_TEMPERATURE = 1.6
+UNRELATED_TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True, slots=True)

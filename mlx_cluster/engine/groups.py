@@ -103,16 +103,20 @@ class Groups:
 
     # -- whose step -----------------------------------------------------------------------------------
 
-    def next_step(self, make_room: Callable[[], bool]) -> Group | None:
+    def next_step(self, make_room: Callable[[], bool], is_held: Callable[[Group], bool]) -> Group | None:
         """The group whose step goes out now, its rows settled; None when every group is in flight or lacks memory.
 
-        ``make_room`` preempts a row (through ``remove``), anywhere; False when there is none.
+        ``make_room`` preempts a row (through ``remove``), anywhere; False when there is none. A group that ``is_held``
+        stays at its border for now.
         """
         target = self._policy.num_groups(self.num_rows) if self.num_rows else 0
         deferred: list[Group] = []
         chosen: Group | None = None
         while self._ready and chosen is None:
             group = self._ready.popleft()
+            if is_held(group):
+                deferred.append(group)
+                continue
             if len(self._groups) > target and self._may_dissolve(group, target):
                 self._dissolve(group)
                 continue

@@ -11,6 +11,7 @@ a group at a border) → grouped (decodes) → ended; its row is released with t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from mlx_cluster.engine.groups import Groups
@@ -58,6 +59,7 @@ class Scheduler:
         self._speculation = speculation
         self._release: list[int] = []
         self._trim: list[Trim] = []
+        self._held_until: float | None = None  # when a group that waits for a draft goes on without it
         self._effects: list[Effect] = []
         self._next_sequence = 0
         self._next_row = 0
@@ -197,11 +199,13 @@ class Scheduler:
         self._book.plan_stores(now)
         if self._prefill.is_due(self._groups.steps_per_cycle) and not self._awaits_company(now):
             return self._chunk(now)
-        group = self._groups.next_step(self._preempt_youngest)
-        while group is None and not self._in_flight and self._groups.num_rows and self._preempt_youngest():
-            group = self._groups.next_step(self._preempt_youngest)
+        self._held_until = None
+        is_held = functools.partial(self._is_held, now)
+        group = self._groups.next_step(self._preempt_youngest, is_held)
+        while group is None and self._is_stuck and self._preempt_youngest():
+            group = self._groups.next_step(self._preempt_youngest, is_held)
         if group is not None:
-            return self._step(group)
+            return self._step(group, now)
         if (self._release or self._book.has_orders) and not self._in_flight:
             return self._dispatch(Kind.CONTROL)
         return None
@@ -223,7 +227,7 @@ class Scheduler:
     @property
     def wakes_at(self) -> float | None:
         """When ``next`` should be asked again even though nothing happened; may be too early, never too late."""
-        times = [at for at in (self._company_until, self._waiting.next_expiry) if at is not None]
+        times = [at for at in (self._company_until, self._waiting.next_expiry, self._held_until) if at is not None]
         return min(times, default=None)
 
     @property
@@ -378,12 +382,26 @@ class Scheduler:
                 self._book.keep_prompt(sequence)
         return microbatch
 
-    def _step(self, group: Group) -> Microbatch:
+    @property
+    def _is_stuck(self) -> bool:
+        """Whether rows decode, and only their memory keeps them from it."""
+        return not self._in_flight and self._groups.num_rows > 0 and self._held_until is None
+
+    def _is_held(self, now: float, group: Group) -> bool:
+        """Whether a row alone waits a moment for a model's draft; the others go on meanwhile."""
+        if self._speculation is None or len(group.members) != 1:
+            return False
+        until = self._speculation.holds(group.members[0], now)
+        if until is not None:
+            self._held_until = min(until, self._held_until or until)
+        return until is not None
+
+    def _step(self, group: Group, now: float) -> Microbatch:
         self._prefill.step_left()
         self._memory.step(group.id, {s.row: s.num_positions + 1 for s in group.members})
         if self._speculation is not None and len(group.members) == 1:
             (sequence,) = group.members
-            draft = self._speculation.draft(sequence, crowded=len(self._groups) > 1)
+            draft = self._speculation.draft(sequence, crowded=len(self._groups) > 1, now=now)
             if self._memory.is_bounded:  # not into a block of the cache that nobody was asked for
                 draft = draft[: padded(sequence.num_positions + 1) - sequence.num_positions - 1]
             if draft:

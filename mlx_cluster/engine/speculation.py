@@ -40,11 +40,15 @@ _MOST_EARLIER_GAIN = 2.0  # steps: what was won before pays for little of what i
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """``max_draft`` tokens at most are drafted, behind ``min_match`` that the text had before."""
+    """``max_draft`` tokens at most are drafted, behind ``min_match`` that the text had before.
+
+    A step waits ``wait_seconds`` at most for the draft of a model.
+    """
 
     mode: Mode = "auto"
     max_draft: int = 8
     min_match: int = 3
+    wait_seconds: float = 0.02
 
 
 class Lookup:
@@ -106,6 +110,12 @@ class BlockCosts:
     def observe(self, stage: int, positions: int, seconds: float) -> None:
         self._samples[stage].setdefault(positions, deque(maxlen=_SAMPLES)).append(seconds)
 
+    @property
+    def step_seconds(self) -> float:
+        """What a plain step of one row takes on its way through all stages."""
+        hops = len(self._samples) * self._hop_seconds()
+        return max(1e-6, sum(self._seconds(stage, 1) for stage in self._samples) + hops)
+
     def relative(self, positions: int, *, crowded: bool) -> float:
         """What a block costs in plain steps of one row.
 
@@ -138,16 +148,11 @@ class BlockCosts:
 
 
 @dataclass(slots=True)
-class Drafting:
-    """What is known of one row's drafts. ``owed`` are the steps that drafts have cost it more than they saved."""
+class Tally:
+    """How often one source's drafts of a row came true lately."""
 
-    lookup: Lookup
     right: float = 0.0
     wrong: float = 0.0
-    owed: float = 0.0
-    steps: int = 0
-    last_block: int = -PROBE_EVERY_STEPS
-    cost: float = 1.0  # of the block in flight, in steps
 
     @property
     def acceptance(self) -> float:
@@ -155,13 +160,36 @@ class Drafting:
         tried = self.right + self.wrong + _PRIOR_WEIGHT
         return (self.right + _PRIOR_ACCEPTANCE * _PRIOR_WEIGHT) / tried
 
+    def count(self, num_accepted: int, *, all_of_it: bool) -> None:
+        self.right = self.right * _FORGET + num_accepted
+        self.wrong = self.wrong * _FORGET + (not all_of_it)
+
+
+@dataclass(slots=True)
+class Drafting:
+    """What is known of one row's drafts. ``owed`` are the steps that drafts have cost it more than they saved."""
+
+    lookup: Lookup
+    by_lookup: Tally = field(default_factory=Tally)
+    by_model: Tally = field(default_factory=Tally)
+    tried: Tally | None = None  # whose draft is in the block in flight …
+    cost: float = 1.0  # … and what that costs, in steps
+    owed: float = 0.0
+    steps: int = 0
+    last_block: int = -PROBE_EVERY_STEPS
+    held_since: float | None = None  # since when its step waits for a model's draft
+
 
 class Drafts(Protocol):
-    """Another source of drafts: a smaller model. Its answers come when they come."""
+    """Another source of drafts: a smaller model (``engine.draft_model``). Its answers come when they come."""
 
-    def draft(self, sequence: SequenceState, most: int) -> tuple[int, ...]:
-        """What it has to say about the tokens behind the sequence's last one now; nothing when it is not that far."""
-        ...
+    def follow(self, sequence: int, prompt: Sequence[int], output: Sequence[int], most: int) -> None: ...
+
+    def draft(self, sequence: int, most: int) -> tuple[int, ...]: ...
+
+    def is_close(self, sequence: int, most: int) -> bool: ...
+
+    def forget(self, sequence: int) -> None: ...
 
 
 @dataclass(slots=True)
@@ -179,26 +207,42 @@ class Speculation:
     def wants(self, sequence: SequenceState) -> bool:
         return self.bounds.mode != "off" and sequence.request.speculate is not False
 
-    def draft(self, sequence: SequenceState, *, crowded: bool) -> tuple[int, ...]:
+    def holds(self, sequence: SequenceState, now: float) -> float | None:
+        """Until when the sequence's next step waits for a model's draft, if it does; tells the model its text."""
+        most = self._most(sequence)
+        if self.model is None or most < 1 or not self.wants(sequence):
+            return None
+        row = self._row(sequence)
+        self.model.follow(sequence.id, sequence.tokens, sequence.emitted, most)
+        if not self._forced(sequence) and (self._owes_too_much(row) or not self._pays(row.by_model, most)):
+            return None
+        if not self.model.is_close(sequence.id, most):
+            return None
+        if row.held_since is None:
+            row.held_since = now
+        until = row.held_since + self.bounds.wait_seconds
+        return until if now < until else None
+
+    def draft(self, sequence: SequenceState, *, crowded: bool, now: float = 0.0) -> tuple[int, ...]:
         """The tokens to try behind the sequence's last one; none for a plain step. Counts the step."""
-        room = sequence.request.max_tokens - sequence.num_emitted - 1  # the last one comes without a draft
-        if not self.wants(sequence) or room < 1:
+        most = self._most(sequence)
+        if not self.wants(sequence) or most < 1:
             return ()
-        row = self._rows.get(sequence.id)
-        if row is None:
-            row = self._rows[sequence.id] = Drafting(Lookup(self.bounds.min_match))
+        row = self._row(sequence)
         row.steps += 1
         row.lookup.extend(sequence.tokens, sequence.emitted)
-        most = min(self.bounds.max_draft, room)
-        draft = self.model.draft(sequence, most) if self.model is not None else ()
-        draft = _until(draft or row.lookup.draft(most), sequence.request.stop_token_ids)
-        if not draft:
-            return ()
-        length = self._worth(row, len(draft), forced=self._forced(sequence), crowded=crowded)
-        if length:
-            row.last_block = row.steps
-            row.cost = self.costs.relative(1 + length, crowded=crowded)
-        return draft[:length]
+        if row.held_since is not None:
+            row.owed += (now - row.held_since) / self.costs.step_seconds
+            row.held_since = None
+        sources = [(row.by_lookup, row.lookup.draft(most))]
+        if self.model is not None:
+            sources.append((row.by_model, self.model.draft(sequence.id, most)))
+        drafts = [(tally, _until(draft, sequence.request.stop_token_ids)) for tally, draft in sources]
+        tally, draft = self._best(row, drafts, forced=self._forced(sequence), crowded=crowded)
+        if draft:
+            row.tried, row.last_block = tally, row.steps
+            row.cost = self.costs.relative(1 + len(draft), crowded=crowded)
+        return draft
 
     def verified(self, sequence: SequenceState, num_drafted: int, num_accepted: int) -> None:
         """How far a draft came true."""
@@ -208,12 +252,14 @@ class Speculation:
         row = self._rows.get(sequence.id)
         if row is None:
             return
-        row.right = row.right * _FORGET + num_accepted
-        row.wrong = row.wrong * _FORGET + (num_accepted < num_drafted)
+        if row.tried is not None:
+            row.tried.count(num_accepted, all_of_it=num_accepted == num_drafted)
         row.owed = max(row.owed + row.cost - 1 - num_accepted, -_MOST_EARLIER_GAIN)
 
     def forget(self, sequence: SequenceState) -> None:
         self._rows.pop(sequence.id, None)
+        if self.model is not None:
+            self.model.forget(sequence.id)
 
     def statistics(self) -> dict[str, int]:
         return {
@@ -222,24 +268,54 @@ class Speculation:
             "verified_blocks": self.num_blocks,
         }
 
+    def _most(self, sequence: SequenceState) -> int:
+        """How long a draft may be: the last token that is asked for comes without one."""
+        return min(self.bounds.max_draft, sequence.request.max_tokens - sequence.num_emitted - 1)
+
+    def _row(self, sequence: SequenceState) -> Drafting:
+        row = self._rows.get(sequence.id)
+        if row is None:
+            row = self._rows[sequence.id] = Drafting(Lookup(self.bounds.min_match))
+        return row
+
+    def _owes_too_much(self, row: Drafting) -> bool:
+        return row.owed > GRACE_STEPS + PROBE_SHARE * row.steps
+
     def _forced(self, sequence: SequenceState) -> bool:
         return self.bounds.mode == "on" or sequence.request.speculate is True
 
-    def _worth(self, row: Drafting, available: int, *, forced: bool, crowded: bool) -> int:
-        """How many of the drafted tokens to try."""
-        if not forced and row.owed > GRACE_STEPS + PROBE_SHARE * row.steps:
-            return 0
-        best, best_gain = (available, 0.0) if forced else (0, MIN_GAIN)
+    def _pays(self, tally: Tally, length: int) -> bool:
+        return self._gain(tally, length, crowded=False)[1] > MIN_GAIN
+
+    def _best(
+        self, row: Drafting, drafts: Sequence[tuple[Tally, tuple[int, ...]]], *, forced: bool, crowded: bool
+    ) -> tuple[Tally, tuple[int, ...]]:
+        """The draft that promises most, as long as is best; where none pays, now and then a probe of one token."""
+        none: tuple[Tally, tuple[int, ...]] = (row.by_lookup, ())
+        drafts = [(tally, draft) for tally, draft in drafts if draft]
+        if not drafts or (not forced and self._owes_too_much(row)):
+            return none
+        chosen, best = none, 0.0 if forced else MIN_GAIN
+        for tally, draft in drafts:
+            length, gain = self._gain(tally, len(draft), crowded=crowded)
+            if gain > best:
+                chosen, best = (tally, draft[:length]), gain
+        if not chosen[1] and row.steps - row.last_block >= PROBE_EVERY_STEPS:
+            tally, draft = min(drafts, key=lambda each: each[0].right + each[0].wrong)
+            return tally, draft[:1]
+        return chosen
+
+    def _gain(self, tally: Tally, available: int, *, crowded: bool) -> tuple[int, float]:
+        """How many of so many drafted tokens are best tried, and how many tokens that promises for a step's time."""
+        best, best_gain = 0, 0.0
         promised, chance = 1.0, 1.0
         for length in range(1, available + 1):
-            chance *= row.acceptance
+            chance *= tally.acceptance
             promised += chance
             gain = promised / self.costs.relative(1 + length, crowded=crowded)
             if gain > best_gain:
                 best, best_gain = length, gain
-        if best == 0 and row.steps - row.last_block >= PROBE_EVERY_STEPS:
-            return 1
-        return best
+        return best, best_gain
 
 
 def _until(draft: tuple[int, ...], stops: AbstractSet[int]) -> tuple[int, ...]:

@@ -193,11 +193,14 @@ class Rows:
         if row is None or row.missing or row.problem is not None:
             return
         surplus = row.positions - cut.length
+        # Elsewhere than in a draft only where nothing is remembered of what was said.
+        remembers = row.spec.sampling.needs_history or row.spec.grammar is not None
+        most = len(row.draft) if remembers or not self._cuts else row.positions - 1
         caches = row.caches if row.group is None else self._groups[row.group].own(cut.row)
-        if not 0 <= surplus <= len(row.draft) or caches is None:
+        if not 0 <= surplus <= most or caches is None:
             self.spoil(
                 cut.row,
-                f"row {cut.row} has {row.positions} positions, {len(row.draft)} of them drafts: it cannot be cut to "
+                f"row {cut.row} has {row.positions} positions, of which {most} can be taken back: it cannot be cut to "
                 f"{cut.length}",
             )
             return
@@ -205,8 +208,8 @@ class Rows:
             for cache in caches:
                 cache.trim(surplus)
         row.positions -= surplus
-        row.drawn -= surplus
-        row.draft = row.draft[: len(row.draft) - surplus]
+        row.drawn = max(0, row.drawn - surplus)
+        row.draft = row.draft[: max(0, len(row.draft) - surplus)]
         self._settle(row)
 
     def _settle(self, row: Row) -> None:

@@ -189,11 +189,11 @@ def test_an_entry_of_the_prefix_cache_never_holds_rejected_positions(small_dir: 
     assert got == expected[3 : 3 + len(got)]
 
 
-def test_only_a_draft_can_be_taken_back(small_dir: Path) -> None:
-    """A row whose header asks for more fails by name; the others go on."""
+def test_a_row_that_remembers_what_it_said_takes_back_drafts_alone(small_dir: Path) -> None:
+    """When its header asks for more it fails by name; the others go on."""
     stages = Stages(small_dir, [4])
     prompt = prompt_of(1)
-    first = stages.prefill(RowSpec(0, GREEDY, 0), prompt)
+    first = stages.prefill(spec_of(0, SAMPLINGS["penalties"], prompt), prompt)
     trim = (Trim(0, len(prompt) - 1),)
     header = Microbatch(50, Kind.DECODE, (0,), (first.token_id,), sample=True, trim=trim)
     outcome = stages.runners[0].submit(header, None).wait()
@@ -201,6 +201,22 @@ def test_only_a_draft_can_be_taken_back(small_dir: Path) -> None:
     # One that is not known here, or gone already, is nobody's business.
     gone = Microbatch(51, Kind.CONTROL, trim=(Trim(77, 3),), release=(0,))
     assert stages.runners[0].submit(gone, None).wait() == Outcome()
+
+
+def test_any_other_row_can_be_cut_anywhere(small_dir: Path) -> None:
+    """As a small model's rows are that went on by themselves and guessed wrong."""
+    stages = Stages(small_dir, [2, 2])
+    prompt = prompt_of(2)
+    said = ids(plain(stages, RowSpec(0, GREEDY, 0), prompt))
+    stages.prefill(RowSpec(1, GREEDY, 0), prompt)
+    for token in (7, 8, 9):  # steps of a batch of one, none of them right
+        stages.decode([1], [token])
+    stages.trims.append(Trim(1, len(prompt)))
+    stages.positions[1] = len(prompt)
+    got = [stages.submit(Kind.PREFILL, [1], said[:1]).sampled[0].token_id]
+    while len(got) < 6:
+        got.append(stages.decode([1], [got[-1]])[1].token_id)
+    assert got == said[1:7]
 
 
 def test_layers_that_cannot_be_cut_refuse_drafts(tmp_path: Path) -> None:
