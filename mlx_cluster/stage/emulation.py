@@ -7,25 +7,33 @@ Invariant: the virtual device does one microbatch at a time, in order; its time 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_cluster.microbatch import Frame, Held, Kind, Microbatch, Outcome, RowSpec, Sampled, TensorSpec
 from mlx_cluster.stage.spec import EmulationSpec
 
 
-def step_seconds(spec: EmulationSpec, header: Microbatch) -> float:
-    """How long the virtual device computes this microbatch."""
+def step_seconds(spec: EmulationSpec, header: Microbatch, positions: Sequence[int] = ()) -> float:
+    """How long the virtual device computes this microbatch; ``positions`` are those its rows have already."""
     match header.kind:
         case Kind.CONTROL:
             return 0.0
         case Kind.PREFILL:
-            return spec.seconds_per_step + len(header.tokens) * spec.seconds_per_prompt_token
+            squares = sum(n * (n + 2 * p) for n, p in zip(header.row_lengths, positions, strict=False))
+            linear = spec.seconds_per_step + len(header.tokens) * spec.seconds_per_prompt_token
+            return linear + squares * spec.seconds_per_prompt_square
         case Kind.DECODE:
-            return spec.seconds_per_step + len(header.rows) * spec.seconds_per_row
+            return _rows_seconds(spec, len(header.rows))
         case Kind.VERIFY:  # to the layers a position is a row
-            return spec.seconds_per_step + len(header.tokens) * spec.seconds_per_row
+            return _rows_seconds(spec, len(header.tokens))
+
+
+def _rows_seconds(spec: EmulationSpec, rows: int) -> float:
+    steps = math.ceil(rows / spec.rows_per_step) if spec.rows_per_step else 1
+    return steps * spec.seconds_per_step + rows * spec.seconds_per_row
 
 
 def scripted_token(spec: EmulationSpec, seed: int, choice: int, index: int) -> int:
@@ -66,6 +74,7 @@ class EmulatedRunner:
         self._device_free_at = 0.0
         self._rows: dict[int, RowSpec] = {}
         self._drawn: dict[int, int] = {}
+        self._prefilled: dict[int, int] = {}
         self._entries: set[int] = set()
         self._payload = bytes(0)
 
@@ -79,13 +88,25 @@ class EmulatedRunner:
         for row in header.release:
             self._rows.pop(row, None)
             self._drawn.pop(row, None)
+            self._prefilled.pop(row, None)
         for spec in header.admit:
             self._rows[spec.row] = spec
-        seconds = step_seconds(self._spec, header)
+        seconds = step_seconds(self._spec, header, self._positions(header))
         burnt = min(seconds, self._spec.burn_python_seconds)
         self._burn(burnt)
         self._device_free_at = max(self._clock(), self._device_free_at) + seconds - burnt
         return _Dispatched(self._outcome(header), self._device_free_at, self._clock, self._sleep)
+
+    def _positions(self, header: Microbatch) -> list[int]:
+        """Where the chunks of a prefill begin; counts them."""
+        if header.kind is not Kind.PREFILL:
+            return []
+        for load in header.load:
+            self._prefilled[load.row] = load.length
+        begin = [self._prefilled.get(row, 0) for row in header.rows]
+        for row, at, length in zip(header.rows, begin, header.row_lengths, strict=True):
+            self._prefilled[row] = at + length
+        return begin
 
     def _burn(self, seconds: float) -> None:
         end = self._clock() + seconds

@@ -24,7 +24,9 @@ class EmulationSpec:
     """A stage that sleeps instead of computing: stands in for an accelerator-bound machine.
 
     A decode step of ``b`` rows takes ``seconds_per_step + b * seconds_per_row``, and so does a verification block of
-    ``b`` positions; a chunk of ``l`` tokens takes ``seconds_per_step + l * seconds_per_prompt_token``.
+    ``b`` positions; with ``rows_per_step`` the first part counts once for each so many rows begun. A chunk of ``l``
+    tokens behind ``p`` others takes ``seconds_per_step + l * seconds_per_prompt_token`` and, for its attention,
+    ``(l² + 2pl) * seconds_per_prompt_square``.
     ``burn_python_seconds`` of it hold the GIL, as building a real graph does. Hidden states are bfloat16 of width
     ``hidden_size``; the last stage's tokens lie in ``first_token_id … first_token_id + num_token_ids - 1`` (printable
     characters of a byte-level vocabulary) and begin again after ``repeat_after`` of them, if that is not 0: a text that
@@ -34,6 +36,8 @@ class EmulationSpec:
     seconds_per_row: float = 0.0
     seconds_per_step: float = 0.0
     seconds_per_prompt_token: float = 0.0
+    seconds_per_prompt_square: float = 0.0
+    rows_per_step: int = 0
     burn_python_seconds: float = 0.0
     hidden_size: int = 3584
     first_token_id: int = 32

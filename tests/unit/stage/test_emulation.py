@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -127,3 +128,19 @@ def test_a_draft_is_accepted_up_to_the_first_token_that_differs() -> None:
         said += [one.token_id for one in sampled]
     assert said == expected[: len(said)]
     assert len(said) == 7
+
+
+def test_steps_may_rise_in_stairs_and_chunks_slow_down_along_a_prompt() -> None:
+    spec = EmulationSpec(seconds_per_step=1.0, rows_per_step=4, seconds_per_prompt_square=0.5)
+    steps = [Microbatch(0, Kind.DECODE, rows=tuple(range(n)), tokens=(0,) * n) for n in (1, 4, 5, 8, 9)]
+    assert [step_seconds(spec, step) for step in steps] == [1.0, 1.0, 2.0, 2.0, 3.0]
+    emulated, clock = runner(spec)
+    begun = []
+    for chunk in range(3):
+        begun.append(clock.clock())
+        header = Microbatch(
+            chunk, Kind.PREFILL, rows=(1,), tokens=(0, 0), admit=(RowSpec(1, Sampling(), 0),) if not chunk else ()
+        )
+        emulated.submit(header, None).wait()
+    begun.append(clock.clock())
+    assert [b - a for a, b in itertools.pairwise(begun)] == [3.0, 7.0, 11.0]
