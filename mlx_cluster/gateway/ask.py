@@ -31,13 +31,15 @@ AskedPriority = Annotated[int, Field(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 class Tool:
     """A function that the model may call. ``parameters`` is the JSON schema of its arguments.
 
-    ``schema_field`` is the schema's place in the client's body where that is not OpenAI's.
+    ``schema_field`` is the schema's place in the client's body where that is not OpenAI's. With a ``text_grammar`` the
+    tool's whole input is plain text that follows it.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     schema_field: str = ""
+    text_grammar: Grammar | None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it."""

@@ -18,6 +18,7 @@ from mlx_cluster.gateway.answer import Gateway
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.client import read_json_body
 from mlx_cluster.gateway.middleware import ANSWER_HEADERS
+from mlx_cluster.gateway.prepare import binds_text, offered
 
 T = TypeVar("T")
 
@@ -52,6 +53,15 @@ async def has_effect(ask: Ask, gateway: Gateway) -> bool:
 async def hints_in_vain(ask: Ask, gateway: Gateway) -> tuple[str, ...]:
     """The fields that ask something of a chat template which does not know it."""
     return () if not ask.hints or await has_effect(ask, gateway) else ask.hints
+
+
+async def formats_in_vain(ask: Ask, gateway: Gateway) -> list[str]:
+    """The grammars of tools that this model's own form of calls leaves unbound."""
+    bound = [tool.name for tool in offered(ask) if tool.text_grammar is not None]
+    if not bound:
+        return []
+    tokenizer = await gateway.catalogue.tokenizer(gateway.catalogue.find(ask.model))
+    return [] if binds_text(ask, tokenizer) else [f"tools[{name}].format" for name in bound]
 
 
 def add_answer_header(request: Request, name: bytes, value: bytes) -> None:

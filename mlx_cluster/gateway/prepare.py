@@ -23,7 +23,7 @@ from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.splitter import PLAIN, Shape
 from mlx_cluster.request import Engine, Grammar, SequenceRequest, ServedModel
 from mlx_cluster.tokenizer import Tokenizer
-from mlx_cluster.tokenizer.tools import JSON_FORMAT, teach, with_short_ids
+from mlx_cluster.tokenizer.tools import JSON_FORMAT, JSON_OR_TEXT_FORMAT, teach, with_short_ids
 
 # Without max_tokens an answer may take what is left of the context, but an engine promises memory for all of it:
 # beyond this a client must say that it wants more.
@@ -142,7 +142,8 @@ def _encode_prompts(ask: Ask, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
 def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[tuple[int, ...], bool]:
     """Render a conversation. A template that knows no tools gets them as an instruction, and calls as text."""
     values = dict(ask.template_values)
-    tools = [tool.for_template() for tool in offered(ask)]
+    bound = binds_text(ask, tokenizer)
+    tools = [_told(tool, bound).for_template() for tool in offered(ask)]
     if tokenizer.tool_format is None:
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             messages = teach(messages, tools)
@@ -155,10 +156,31 @@ def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenize
     return tokenizer.encode(text, add_special_tokens=False), opened
 
 
+def _told(tool: Tool, bound: bool) -> Tool:
+    """A tool as its model hears of it: how to call one that takes plain text, where that is not in arguments."""
+    if tool.text_grammar is None or not bound:
+        return tool
+    form = f'{JSON_FORMAT.start}\n{{"name": "{tool.name}"}}\nthe input\n{JSON_FORMAT.end}'
+    return replace(
+        tool,
+        description=f"{tool.description}\n\nCall it without arguments, with its input as it is:\n{form}",
+        parameters={},
+    )
+
+
 def offered(ask: Ask) -> tuple[Tool, ...]:
     """The tools that the model is told of."""
     use = ask.tool_use
     return use.tools if use is not None and use.choice != "none" else ()
+
+
+def binds_text(ask: Ask, tokenizer: Tokenizer) -> bool:
+    """Whether calls of tools with plain text are bound to their grammars: where calls are written in the JSON form."""
+    if not any(tool.text_grammar is not None for tool in offered(ask)):
+        return False
+    use = ask.tool_use
+    constrained = ask.grammar is not None or (use is not None and use.choice == "required")
+    return tokenizer.has_grammars and (constrained or tokenizer.tool_format in (None, JSON_FORMAT))
 
 
 def _shape(ask: Ask, tokenizer: Tokenizer, opened: bool) -> Shape:
@@ -170,9 +192,10 @@ def _shape(ask: Ask, tokenizer: Tokenizer, opened: bool) -> Shape:
     if use is None or not tools:
         return shape
     constrained = use.choice == "required" or ask.grammar is not None
+    form = JSON_FORMAT if constrained else tokenizer.tool_format or JSON_FORMAT
     return replace(
         shape,
-        format=JSON_FORMAT if constrained else tokenizer.tool_format or JSON_FORMAT,
+        format=JSON_OR_TEXT_FORMAT if binds_text(ask, tokenizer) else form,
         tools=[tool.for_template() for tool in tools],
         parallel=use.parallel,
     )
@@ -182,9 +205,10 @@ async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Cata
     """The grammar of the whole answer, if it is bound to one. Raises ``InvalidRequest``."""
     use = ask.tool_use if offered(ask) else None
     required = use is not None and use.choice == "required"
-    if ask.grammar is None and not required:
+    may_call = use is not None and not required and ask.grammar is None and binds_text(ask, tokenizer)
+    if ask.grammar is None and not required and not may_call:
         return None
-    field = "tool_choice" if required else ask.grammar_field
+    field = "tool_choice" if required else "tools" if may_call else ask.grammar_field
     if not tokenizer.has_grammars or not tokenizer.eos_token_ids:
         raise InvalidRequest(
             f"{field} cannot be served: this model has no tokenizer.json, or no token that ends an answer",
@@ -196,7 +220,7 @@ async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Cata
 
     def compose() -> Grammar | None:
         if use is not None:
-            tools = use.tools
+            tools = [tool for tool in use.tools if tool.text_grammar is not None or not may_call]
             structured.check_tools(
                 tools, lambda index: tools[index].schema_field or f"tools[{index}].function.parameters"
             )
@@ -204,7 +228,9 @@ async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Cata
             grammar.check(ask.grammar, ask.grammar_field)
         main = None if required else ask.grammar
         opened = shape.begins_in_reasoning
-        whole = structured.compose(main, use, shape.reasoning, opened=opened, special_id=tokenizer.special_id)
+        whole = structured.compose(
+            main, use, shape.reasoning, opened=opened, special_id=tokenizer.special_id, may_call=may_call
+        )
         if whole is not None and whole is not ask.grammar:
             grammar.check(whole, field)
         return whole

@@ -21,7 +21,7 @@ from mlx_cluster.gateway.answer import Gateway, GenerationResponse
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.background import Background
 from mlx_cluster.gateway.errors import ResponseNotFound
-from mlx_cluster.gateway.incoming import asked_by, hints_in_vain, name_dropped, read_parsed
+from mlx_cluster.gateway.incoming import asked_by, formats_in_vain, hints_in_vain, name_dropped, read_parsed
 from mlx_cluster.gateway.openai import Head
 from mlx_cluster.gateway.responses import Parsed, ResponsesBody, ask_after, parse_responses
 from mlx_cluster.gateway.responses_dialect import ResponsesDialect, error_object, new_id, response_object
@@ -145,7 +145,9 @@ def add_responses(app: FastAPI, gateway: Gateway, node_id: int, store: ResponseS
     async def create(request: Request) -> Response:
         parsed = await read_parsed(request, gateway, parse_responses)
         ask = await ask_of(parsed.body)
-        name_dropped(request, [*parsed.dropped, *await hints_in_vain(ask, gateway)])
+        name_dropped(
+            request, [*parsed.dropped, *await hints_in_vain(ask, gateway), *await formats_in_vain(ask, gateway)]
+        )
         turn = Turn(response_id(node_id), parsed, store)
         answer = StoredAnswer(gateway, asked_by(request, ask, gateway), turn, request.state.request_id)
         if not parsed.body.background:

@@ -17,6 +17,7 @@ from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway.ask import Tool, ToolUse
 from mlx_cluster.gateway.messages_tools import MAX_TOOLS, ToolName
 from mlx_cluster.gateway.schemas import Body
+from mlx_cluster.request import Grammar
 
 __all__ = ["MAX_TOOLS", "AnyChoice", "AnyTool", "custom_names", "dropped_tools", "tool_use"]
 
@@ -64,7 +65,12 @@ class CustomTool(Body):
             description += (
                 f"\n\nIts input follows this {self.format.syntax or 'lark'} grammar:\n{self.format.definition}"
             )
-        return Tool(self.name, description.strip(), parameters)
+        return Tool(self.name, description.strip(), parameters, text_grammar=self.grammar())
+
+    def grammar(self) -> Grammar | None:
+        if self.format.type == "text" or self.format.definition is None:
+            return None
+        return Grammar("regex" if self.format.syntax == "regex" else "lark", self.format.definition)
 
 
 class HostedTool(Body):
@@ -104,7 +110,7 @@ AnyChoice = Literal["none", "auto", "required"] | Annotated[NamedChoice | Allowe
 def tool_use(tools: Sequence[Any], choice: Any, *, parallel: bool) -> ToolUse | None:
     """Raises ``InvalidRequest`` for a choice that cannot be met, and for two tools of one name."""
     known = {
-        tool.name: replace(tool.for_model(), schema_field=f"tools[{index}].parameters")
+        tool.name: replace(tool.for_model(), schema_field=_schema_field(tool, index))
         for index, tool in enumerate(tools)
         if isinstance(tool, FunctionTool | CustomTool)
     }
@@ -135,12 +141,14 @@ def tool_use(tools: Sequence[Any], choice: Any, *, parallel: bool) -> ToolUse | 
     return None
 
 
+def _schema_field(tool: FunctionTool | CustomTool, index: int) -> str:
+    return f"tools[{index}].{'parameters' if isinstance(tool, FunctionTool) else 'format.definition'}"
+
+
 def custom_names(tools: Sequence[Any]) -> frozenset[str]:
     return frozenset(tool.name for tool in tools if isinstance(tool, CustomTool))
 
 
 def dropped_tools(tools: Sequence[Any]) -> list[str]:
-    """The hosted ones, and grammars that do not bind the model, as the header names them."""
-    hosted = [f"tools[{tool.type}]" for tool in tools if isinstance(tool, HostedTool)]
-    loose = [f"tools[{tool.name}].format" for tool in tools if isinstance(tool, CustomTool) and tool.format.definition]
-    return hosted + loose
+    """The hosted ones, as the header names them."""
+    return [f"tools[{tool.type}]" for tool in tools if isinstance(tool, HostedTool)]

@@ -23,9 +23,10 @@ MAX_PARALLEL_CALLS = 8
 
 
 def check_tools(tools: Sequence[Tool], param: Callable[[int], str]) -> None:
-    """Raise ``InvalidRequest`` for the first tool whose schema cannot constrain its arguments."""
+    """Raise ``InvalidRequest`` for the first tool whose schema or grammar cannot constrain its input."""
     for index, tool in enumerate(tools):
-        grammar.check(Grammar("json_schema", json.dumps(arguments_schema(tool))), param(index))
+        bound = tool.text_grammar or Grammar("json_schema", json.dumps(arguments_schema(tool)))
+        grammar.check(bound, param(index))
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
@@ -39,10 +40,12 @@ def compose(
     *,
     opened: bool,
     special_id: Callable[[str], int | None],
+    may_call: bool = False,
 ) -> Grammar | None:
     """The grammar of a whole answer: reasoning if the model reasons, then ``main`` or calls of the tools.
 
-    ``opened``: the prompt ends inside the reasoning. None when nothing is constrained.
+    ``opened``: the prompt ends inside the reasoning. ``may_call``: the answer is any text, then calls or none, and what
+    is JSON in a call is any object. None when nothing is constrained.
     """
     if main is None and use is None:
         return None
@@ -54,9 +57,18 @@ def compose(
     if main is not None:
         bodies.append("@main")
         parts.append({**grammar.part_of(main), "name": "main"})
-    if use is not None:
+    if use is not None and may_call:
+        bodies += ["text", "any_calls"]
+        rules += _text_then_call_rules(use)
+    elif use is not None:
         bodies.append("calls")
         rules += _call_rules(use)
+    if use is not None:
+        parts += [
+            {**grammar.part_of(tool.text_grammar), "name": f"text{index}"}
+            for index, tool in enumerate(_callable(use))
+            if tool.text_grammar is not None
+        ]
     before = ""
     if reasoning is not None:
         before = "before " if opened else "before? "
@@ -65,17 +77,45 @@ def compose(
     return Grammar("llguidance", json.dumps({"grammars": [{"lark_grammar": lark}, *parts]}, ensure_ascii=False))
 
 
+def _callable(use: ToolUse) -> list[Tool]:
+    return [tool for tool in use.tools if use.only in (None, tool.name)]
+
+
+def _text_then_call_rules(use: ToolUse) -> list[str]:
+    """Text without the mark of a call, or text up to the first such mark and then calls that are whole."""
+    mark, begin, end = re.escape(JSON_FORMAT.start), f"{JSON_FORMAT.start}\n", _quoted(f"\n{JSON_FORMAT.end}")
+    more = f" ({_quoted(chr(10) + begin)} body){{0,{MAX_PARALLEL_CALLS - 1}}}" if use.parallel else ""
+    tools = _callable(use)
+    return [
+        "text: ANYTHING",
+        rf"ANYTHING: /(.|\n)*/ & ~/(.|\n)*{mark}(.|\n)*/",
+        f"any_calls: up_to_call body{more}",
+        rf"up_to_call[lazy]: /(.|\n)*{mark}\n/",
+        f"body: ({' | '.join(f'tool{index}' for index in range(len(tools)))}) {end}",
+        *_tool_rules(tools, lambda _: {"type": "object"}),
+    ]
+
+
 def _call_rules(use: ToolUse) -> list[str]:
-    tools = [tool for tool in use.tools if use.only in (None, tool.name)]
+    tools = _callable(use)
     more = f' ("\\n" call){{0,{MAX_PARALLEL_CALLS - 1}}}' if use.parallel else ""
     begin, end = _quoted(f"{JSON_FORMAT.start}\n"), _quoted(f"\n{JSON_FORMAT.end}")
     rules = [f"calls: call{more}", f"call: {begin} ({' | '.join(f'tool{index}' for index in range(len(tools)))}) {end}"]
+    return rules + _tool_rules(tools, arguments_schema)
+
+
+def _tool_rules(tools: Sequence[Tool], schema_of: Callable[[Tool], dict[str, Any]]) -> list[str]:
+    rules: list[str] = []
     for index, tool in enumerate(tools):
         name = json.dumps(tool.name, ensure_ascii=False)
+        if tool.text_grammar is not None:
+            line = _quoted(f'{{"name": {name}}}\n')
+            rules.append(f"tool{index}: {line} @text{index}")
+            continue
         opening = _quoted(f'{{"name": {name}, "arguments": ')
         rules += [
             f'tool{index}: {opening} arguments{index} "}}"',
-            f"arguments{index}: {grammar.json_rule(arguments_schema(tool))}",
+            f"arguments{index}: {grammar.json_rule(schema_of(tool))}",
         ]
     return rules
 

@@ -82,7 +82,20 @@ def _read_json(text: str, _tools: Any) -> Any:
     return json.loads(text)
 
 
+def _read_json_or_text(text: str, _tools: Any) -> Any:
+    """A call in the JSON form; or one line that names a tool, and then its plain text."""
+    name, newline, body = text.removeprefix("\n").removesuffix("\n").partition("\n")
+    if newline:
+        found = json.loads(name)
+        if isinstance(found, dict) and found.keys() == {"name"}:
+            return {**found, "arguments": {"input": body}}
+    return json.loads(text)
+
+
 JSON_FORMAT = ToolFormat("json", "<tool_call>", "</tool_call>", _read_json, incremental=True)
+
+# The JSON form, with tools beside whose input is plain text: how a grammar lets them be called.
+JSON_OR_TEXT_FORMAT = ToolFormat("json_or_text", "<tool_call>", "</tool_call>", _read_json_or_text, incremental=True)
 
 # Which parser of mlx-lm reads a family's calls, by what its chat template contains. More special marks come first.
 _BY_TEMPLATE: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
+from llguidance import LLMatcher, LLTokenizer
 
 from mlx_cluster.errors import Overloaded, RowFailed, StageLost
 from mlx_cluster.tokenizer import Tokenizer
@@ -193,6 +194,13 @@ async def test_a_tool_is_called_and_its_result_goes_back(world: World, sdk: open
     assert "blue" in prompt(world)
 
 
+def lets_through(source: str, text: str) -> bool:
+    """Whether a grammar takes this whole text."""
+    matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0)
+    data = list(text.encode())
+    return bool(matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting())
+
+
 async def test_the_events_of_a_call(world: World, sdk: openai.AsyncOpenAI) -> None:
     world.engine(text=f"{CALL}\n{CALL}")
     found = [event for event in await events(world, tools=[TOOL]) if event.get("output_index") == 1]
@@ -207,16 +215,48 @@ async def test_the_events_of_a_call(world: World, sdk: openai.AsyncOpenAI) -> No
 
 
 async def test_a_custom_tool_gets_plain_text(world: World, sdk: openai.AsyncOpenAI) -> None:
-    world.engine(text='<tool_call>\n{"name": "patch", "arguments": {"input": "*** Begin\\nx"}}\n</tool_call>')
-    grammar = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
+    engine = world.engine(text='hi <tool_call>\n{"name": "patch"}\n*** Begin\nx\n</tool_call>')
+    grammar = {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin\\n" ("x" | "y")'}
     custom: Any = {"type": "custom", "name": "patch", "description": "patches", "format": grammar}
     answer: Any = await sdk.responses.create(**BODY, tools=[custom])
-    assert (answer.output[0].type, answer.output[0].input) == ("custom_tool_call", "*** Begin\nx")
+    assert [item.type for item in answer.output] == ["message", "custom_tool_call"]
+    assert answer.output[1].input == "*** Begin\nx"
     found = await events(world, tools=[custom])
     done = next(event for event in found if event["type"] == "response.custom_tool_call_input.done")
     assert done["input"] == "*** Begin\nx"
-    named = (await post(world, tools=[custom])).headers["x-mlx-cluster-ignored"]
-    assert named == "tools[patch].format"
+    assert "x-mlx-cluster-ignored" not in (await post(world, tools=[custom])).headers
+    bound = engine.requests[0].grammar
+    assert bound is not None
+    assert lets_through(bound.source, "no call, with a < and a {")
+    assert lets_through(bound.source, 'so: <tool_call>\n{"name": "patch"}\n*** Begin\ny\n</tool_call>')
+    assert not lets_through(bound.source, '<tool_call>\n{"name": "patch"}\n*** Begin\nz\n</tool_call>')
+    assert not lets_through(bound.source, '<tool_call>\n{"name": "patch", "arguments": {}}\n</tool_call>')
+
+
+async def test_a_custom_tool_may_be_insisted_on(world: World) -> None:
+    engine = world.engine(text='<tool_call>\n{"name": "patch"}\nabc\n</tool_call>')
+    custom = {
+        "type": "custom",
+        "name": "patch",
+        "format": {"type": "grammar", "syntax": "regex", "definition": "[abc]+"},
+    }
+    choice = {"type": "custom", "name": "patch"}
+    body = (await post(world, tools=[custom, TOOL], tool_choice=choice)).json()
+    assert [(item["type"], item["input"]) for item in body["output"]] == [("custom_tool_call", "abc")]
+    bound = engine.requests[0].grammar
+    assert bound is not None
+    assert lets_through(bound.source, '<tool_call>\n{"name": "patch"}\ncab\n</tool_call>')
+    assert not lets_through(bound.source, "no call")
+
+
+async def test_a_grammar_that_is_none_is_refused_by_its_field(world: World) -> None:
+    custom = {
+        "type": "custom",
+        "name": "patch",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "start: ("},
+    }
+    error = (await post(world, tools=[custom])).json()["error"]
+    assert (error["param"], error["code"]) == ("tools[0].format.definition", "invalid_grammar")
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,6 @@ async def test_a_command_is_run_and_its_output_comes_back(world: World) -> None:
     assert json.loads(call["arguments"]) == {"cmd": "ls"}
     assert set(headers["x-mlx-cluster-ignored"].split(", ")) == {
         "tools[web_search]",
-        "tools[apply_patch].format",
         "reasoning.effort",
         "reasoning.summary",
         "text.verbosity",
@@ -124,9 +123,7 @@ async def test_a_command_is_run_and_its_output_comes_back(world: World) -> None:
 
 
 async def test_a_patch_is_plain_text(world: World) -> None:
-    world.engine(
-        text='<tool_call>\n{"name": "apply_patch", "arguments": {"input": "*** Begin Patch\\n"}}\n</tool_call>'
-    )
+    world.engine(text='<tool_call>\n{"name": "apply_patch"}\n*** Begin Patch\n\n</tool_call>')
     events, _ = await streamed(world, OPENING)
     (call,) = done(events)
     assert (call["type"], call["input"]) == ("custom_tool_call", "*** Begin Patch\n")
