@@ -128,6 +128,13 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "response_cache_evictions": ("response_cache_evictions_total", "Kept answers that went for room in memory"),
 }
 
+# The same for lists with a figure for each stage.
+STAGE_FIGURES: Mapping[str, tuple[str, str]] = {
+    "busy_seconds": ("busy_seconds", "Seconds that a stage computed"),
+    "sent_bytes": ("sent_bytes", "Bytes of hidden states that a stage sent to the next one"),
+    "saved_bytes": ("saved_bytes", "Bytes that compression took off them"),
+}
+
 EngineStatistics = Callable[[], Mapping[tuple[str, str], Mapping[str, Any]]]
 
 
@@ -146,15 +153,14 @@ class EngineCollector(Collector):
                 if key in figures:
                     family.add_metric(names, figures[key])
             yield family
-        busy = CounterMetricFamily(
-            "mlx_cluster_engine_stage_busy_seconds",
-            "Seconds that a stage computed",
-            labels=["model", "pipeline", "stage"],
-        )
-        for names, figures in engines.items():
-            for stage, seconds in enumerate(figures.get("busy_seconds", ())):
-                busy.add_metric([*names, str(stage)], seconds)
-        yield busy
+        for key, (name, meaning) in STAGE_FIGURES.items():
+            each = CounterMetricFamily(
+                f"mlx_cluster_engine_stage_{name}", meaning, labels=["model", "pipeline", "stage"]
+            )
+            for names, figures in engines.items():
+                for stage, value in enumerate(figures.get(key, ())):
+                    each.add_metric([*names, str(stage)], value)
+            yield each
 
 
 class ClusterMetrics:

@@ -195,6 +195,7 @@ class Report:
     missing: tuple[int, ...] = ()
     scored: tuple[ScoredToken, ...] = ()
     pooled: tuple[PooledRow, ...] = ()
+    saved_bytes: int = 0  # what compression took off the bytes sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +211,14 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype (mlx's name: ``float32``, ``bfloat16`` …) of one tensor inside a frame."""
+    """Shape and dtype (mlx's name: ``float32``, ``bfloat16`` …) of one tensor inside a frame.
+
+    ``encoding`` names the compressed form that its bytes have (``transport.compression``); empty: as they are.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    encoding: str = ""
 
 
 @dataclass(frozen=True, slots=True)

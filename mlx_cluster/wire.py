@@ -181,6 +181,7 @@ def encode_report(value: Report) -> stage_pb2.Report:
         compute_seconds=value.compute_seconds,
         wait_seconds=value.wait_seconds,
         sent_bytes=value.sent_bytes,
+        saved_bytes=value.saved_bytes,
         sampled=[
             stage_pb2.Sampled(
                 row=s.row,
@@ -209,6 +210,7 @@ def decode_report(message: stage_pb2.Report) -> Report:
         compute_seconds=message.compute_seconds,
         wait_seconds=message.wait_seconds,
         sent_bytes=message.sent_bytes,
+        saved_bytes=message.saved_bytes,
         sampled=tuple(
             Sampled(
                 row=s.row,

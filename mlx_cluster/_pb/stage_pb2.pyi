@@ -239,7 +239,7 @@ class PooledRow(_message.Message):
     def __init__(self, row: _Optional[int] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("microbatch_id", "stage", "compute_seconds", "wait_seconds", "sent_bytes", "sampled", "failed", "missing", "scored", "pooled")
+    __slots__ = ("microbatch_id", "stage", "compute_seconds", "wait_seconds", "sent_bytes", "sampled", "failed", "missing", "scored", "pooled", "saved_bytes")
     MICROBATCH_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +250,7 @@ class Report(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     SCORED_FIELD_NUMBER: _ClassVar[int]
     POOLED_FIELD_NUMBER: _ClassVar[int]
+    SAVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     microbatch_id: int
     stage: int
     compute_seconds: float
@@ -260,4 +261,5 @@ class Report(_message.Message):
     missing: _containers.RepeatedScalarFieldContainer[int]
     scored: _containers.RepeatedCompositeFieldContainer[ScoredToken]
     pooled: _containers.RepeatedCompositeFieldContainer[PooledRow]
-    def __init__(self, microbatch_id: _Optional[int] = ..., stage: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., sampled: _Optional[_Iterable[_Union[Sampled, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[FailedRow, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ..., scored: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., pooled: _Optional[_Iterable[_Union[PooledRow, _Mapping]]] = ...) -> None: ...
+    saved_bytes: int
+    def __init__(self, microbatch_id: _Optional[int] = ..., stage: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., sampled: _Optional[_Iterable[_Union[Sampled, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[FailedRow, _Mapping]]] = ..., missing: _Optional[_Iterable[int]] = ..., scored: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., pooled: _Optional[_Iterable[_Union[PooledRow, _Mapping]]] = ..., saved_bytes: _Optional[int] = ...) -> None: ...

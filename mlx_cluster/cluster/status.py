@@ -60,6 +60,7 @@ class StageStatus:
     done_bytes: int = 0
     total_bytes: int = 0
     detail: str = ""
+    compression: str = "off"  # of the hidden states that it sends
 
 
 @dataclass(frozen=True, slots=True)

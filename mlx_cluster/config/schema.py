@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from mlx_cluster.config.quantity import parse_bytes
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+Compression = Literal["off", "int8"]
 Transport = Literal["auto", "ring", "grpc", "mpi", "jaccl", "nccl"]
 
 
@@ -53,6 +54,13 @@ def _check_kv_budget(text: str) -> str:
     return text
 
 
+def _check_node_pair(text: str) -> str:
+    if not re.fullmatch(r"\d{1,2}-\d{1,2}", text):
+        raise ValueError(f"{text!r} is not a pair of nodes; write their ids like 0-1")
+    low, high = sorted(map(int, text.split("-")))
+    return f"{low}-{high}"
+
+
 def _bare_number_as_text(value: Any) -> Any:
     """``memory_budget: 12000000000``, ``split: 28`` and ``kv_budget: 0.5`` are numbers to YAML, and text here."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -61,6 +69,7 @@ def _bare_number_as_text(value: Any) -> Any:
 MemoryAmount = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_amount)]
 KvBudget = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_kv_budget)]
 Split = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_split)]
+NodePair = Annotated[str, AfterValidator(_check_node_pair)]
 HostName = Annotated[str, AfterValidator(_check_host_name)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 
@@ -161,6 +170,12 @@ class ApiGatewaySection(Section):
     keys: tuple[KeySettings, ...] = ()
 
 
+class LinkSettings(Section):
+    """Of the links between two nodes, in either direction; what is left out is as for all links."""
+
+    compression: Compression | None = None
+
+
 class NetworkSection(Section):
     transport: Transport = "auto"
     tls_required: bool = False
@@ -168,6 +183,8 @@ class NetworkSection(Section):
     mlx_port_range: tuple[Port, Port] = (18100, 18999)
     link_timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds a stage waits for a promised hidden state
     connect_timeout: Annotated[float, Field(gt=0)] = 25.0  # seconds to bring up the links of a plan
+    compression: Compression = "off"  # of hidden states on all links: int8 halves or quarters them, at some quality
+    links: dict[NodePair, LinkSettings] = {}
     insecure: bool = False  # allow non-loopback addresses without authentication and TLS
 
 

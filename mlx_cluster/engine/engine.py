@@ -133,6 +133,7 @@ class PipelineEngine:
         self._alarm: asyncio.TimerHandle | None = None
         self._num_tokens = self._num_fallbacks = 0
         self._busy_seconds = [0.0] * plan.num_stages
+        self._sent_bytes, self._saved_bytes = [0] * plan.num_stages, [0] * plan.num_stages
         self._steps = [_Steps() for _ in range(plan.num_stages)]
         self._streams = [
             StageStream(
@@ -252,6 +253,8 @@ class PipelineEngine:
             "prefix_fallbacks": self._num_fallbacks,
             "unaccounted": dict(self._unaccounted),
             "held": [(s.held.rows, s.held.entries) if s.held is not None else None for s in self._streams],
+            "sent_bytes": list(self._sent_bytes),
+            "saved_bytes": list(self._saved_bytes),
             "busy_seconds": [round(seconds, 6) for seconds in self._busy_seconds],
         }
 
@@ -327,6 +330,8 @@ class PipelineEngine:
 
     def _measure(self, trip: _Trip, report: Report, everybody: bool) -> None:
         self._busy_seconds[report.stage] += report.compute_seconds
+        self._sent_bytes[report.stage] += report.sent_bytes
+        self._saved_bytes[report.stage] += report.saved_bytes
         if trip.microbatch.kind in (Kind.DECODE, Kind.VERIFY) and len(trip.microbatch.rows) == 1:
             self._block_costs.observe(report.stage, len(trip.microbatch.tokens), report.compute_seconds)
         if trip.microbatch.kind is Kind.PREFILL:

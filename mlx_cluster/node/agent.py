@@ -27,7 +27,7 @@ from mlx_cluster.cluster.membership import ClusterView, Membership
 from mlx_cluster.cluster.rpc import HeartbeatThread
 from mlx_cluster.cluster.status import NodeStatus
 from mlx_cluster.config.quantity import parse_bytes
-from mlx_cluster.config.schema import Settings
+from mlx_cluster.config.schema import Compression, Settings
 from mlx_cluster.errors import ClusterError, Fenced
 from mlx_cluster.metrics import Metrics
 from mlx_cluster.node import authority, machine
@@ -427,7 +427,17 @@ class Agent:
             prefix_disk=self._prefix_disk(),
             kv_bits=runtime.kv_bits,
             kv_group_size=runtime.kv_group_size,
+            compression=self._compression(plan, index),
         )
+
+    def _compression(self, plan: Plan, index: int) -> Compression:
+        """Of what the stage sends to the next one."""
+        network = self.settings.network
+        if index + 1 == plan.num_stages:
+            return "off"
+        low, high = sorted(stage.node_id for stage in plan.stages[index : index + 2])
+        special = network.links.get(f"{low}-{high}")
+        return special.compression if special is not None and special.compression is not None else network.compression
 
     def _prefix_disk(self) -> DiskSpec | None:
         section = self.settings.runtime.prefix_cache

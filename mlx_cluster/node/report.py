@@ -128,6 +128,7 @@ def stage(value: StageStatus) -> Json:
         "memory_bytes": value.memory_bytes,
         "progress": {"done_bytes": value.done_bytes, "total_bytes": value.total_bytes},
         "detail": value.detail,
+        "compression": value.compression,
     }
 
 
@@ -170,6 +171,7 @@ def _pipeline(view: ClusterView, wanted: Plan, status: PipelineStatus | None) ->
                 "memory_bytes": value.memory_bytes if value else 0,
                 "state": value.state if value else "absent",
                 "detail": value.detail if value else "",
+                "compression": value.compression if value else "off",
             }
             for index, value in enumerate(stages)
         ],

@@ -64,6 +64,7 @@ class _Held:
     plan: Plan
     index: int
     epoch: Epoch
+    compression: str = "off"  # of what it sends
     lease: Lease | None = None
     process: StageHandle | None = None
     state: StageState = "starting"
@@ -88,6 +89,7 @@ class _Held:
             done_bytes=self.done_bytes,
             total_bytes=self.total_bytes,
             detail=self.detail,
+            compression=self.compression,
         )
 
 
@@ -187,7 +189,7 @@ class StageHost:
                 raise Fenced(f"stage {index} of {plan.pipeline} was already started in epoch {current.epoch}")
             await self._end_pipeline(plan.pipeline, older_than=epoch)
             spec = self._make_spec(plan, index, epoch)
-            held = _Held(plan, index, epoch, granted_bytes=spec.memory_budget_bytes)
+            held = _Held(plan, index, epoch, granted_bytes=spec.memory_budget_bytes, compression=spec.compression)
             if plan.transport not in _WITHOUT_MLX:
                 held.lease = self._leases.lease(self._mlx_host)
             self._held[(plan.pipeline, index)] = held

@@ -21,6 +21,7 @@ from pathlib import Path
 from mlx_cluster import lifeline, log
 from mlx_cluster.errors import ClusterError
 from mlx_cluster.microbatch import Held, Runner, Saved
+from mlx_cluster.stage.compression import CompressingRunner
 from mlx_cluster.stage.device import DeviceThread
 from mlx_cluster.stage.emulation import EmulatedRunner
 from mlx_cluster.stage.faults import FaultyRunner
@@ -179,7 +180,7 @@ class StageChild:
         cleanup.push_async_callback(links.close)
         worker = Worker(
             spec.index,
-            loaded.runner,
+            CompressingRunner(loaded.runner, sends=links.send is not None and spec.compression != "off"),
             device,
             receive=links.receive,
             send=links.send,

@@ -80,6 +80,7 @@ class StageSpec:
     prefix_disk: DiskSpec | None = None
     kv_bits: Literal[4, 8] | None = None
     kv_group_size: int = 64
+    compression: Literal["off", "int8"] = "off"  # of what it sends
 
     def to_line(self) -> str:
         data = {
@@ -100,6 +101,7 @@ class StageSpec:
             "prefix_disk": asdict(self.prefix_disk) if self.prefix_disk else None,
             "kv_bits": self.kv_bits,
             "kv_group_size": self.kv_group_size,
+            "compression": self.compression,
         }
         return json.dumps(data)
 

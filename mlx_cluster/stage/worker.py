@@ -25,6 +25,7 @@ from mlx_cluster import log
 from mlx_cluster.errors import ClusterError, LinkMismatch, StageLost
 from mlx_cluster.microbatch import Frame, Kind, Microbatch, Outcome, Pending, Report, Runner
 from mlx_cluster.stage.device import DeviceThread
+from mlx_cluster.transport import framing
 from mlx_cluster.transport.link import ReceiveEnd, SendEnd
 
 # The device computes one microbatch while the next is built and queued behind it: more would only add latency.
@@ -138,7 +139,7 @@ class Worker:
             return
         header = job.header
         sends = self._send is not None and header.kind is not Kind.CONTROL
-        sent_bytes = 0
+        sent_bytes = saved_bytes = 0
         if not sends:
             self._in_hand.release()
         elif outcome.frame is None:
@@ -146,6 +147,7 @@ class Worker:
             return
         else:
             sent_bytes = memoryview(outcome.frame.payload).nbytes
+            saved_bytes = framing.plain_bytes(outcome.frame.tensors) - sent_bytes
             self._outbox.put_nowait(outcome.frame)
         report = Report(
             microbatch_id=header.id,
@@ -153,6 +155,7 @@ class Worker:
             compute_seconds=compute_seconds,
             wait_seconds=wait_seconds,
             sent_bytes=sent_bytes,
+            saved_bytes=saved_bytes,
             sampled=outcome.sampled,
             failed=outcome.failed,
             missing=outcome.missing,

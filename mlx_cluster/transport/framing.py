@@ -10,6 +10,7 @@ A frame without payload whose tensors are not empty is a *note*: its bytes trave
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -32,15 +33,33 @@ _TENSOR = struct.Struct("<BB")  # length of the dtype's name, number of dimensio
 _ALIGNMENT = 16  # so that the payload can be read in place by vector instructions
 
 
+# The compressed form of a tensor (``transport.compression``): its values as int8, then a float16 for each block.
+INT8 = "int8"
+BLOCK_VALUES = 64
+
+
 @lru_cache(1024)
 def num_bytes(tensors: tuple[TensorSpec, ...]) -> int:
     """How many payload bytes these tensors take. Raises ``LinkMismatch`` for a dtype that mlx does not have."""
-    total = 0
-    for spec in tensors:
-        if spec.dtype not in DTYPE_BYTES:
-            raise LinkMismatch(f"a hidden state of dtype {spec.dtype!r}: use one of {', '.join(DTYPE_BYTES)}")
-        total += DTYPE_BYTES[spec.dtype] * prod(spec.shape)
-    return total
+    return sum(map(tensor_bytes, tensors))
+
+
+def tensor_bytes(spec: TensorSpec) -> int:
+    """The same for one of them."""
+    if spec.dtype not in DTYPE_BYTES:
+        raise LinkMismatch(f"a hidden state of dtype {spec.dtype!r}: use one of {', '.join(DTYPE_BYTES)}")
+    values = prod(spec.shape)
+    if not spec.encoding:
+        return DTYPE_BYTES[spec.dtype] * values
+    if spec.encoding != INT8:
+        raise LinkMismatch(f"a hidden state in form {spec.encoding!r}: the nodes run different versions")
+    return values + DTYPE_BYTES["float16"] * -(-values // BLOCK_VALUES)
+
+
+@lru_cache(1024)
+def plain_bytes(tensors: tuple[TensorSpec, ...]) -> int:
+    """How many they would take uncompressed."""
+    return num_bytes(tuple(replace(spec, encoding="") for spec in tensors))
 
 
 def flat(payload: Buffer) -> memoryview:
@@ -92,19 +111,16 @@ def decode(message: bytes) -> Frame:
 @lru_cache(1024)
 def _describe(tensors: tuple[TensorSpec, ...]) -> tuple[int, bytes]:
     """Length of the whole prefix, and what stands in it after the head."""
-    described = b"".join(
-        struct.pack(
-            f"<BB{len(spec.dtype)}s{len(spec.shape)}Q",
-            len(spec.dtype),
-            len(spec.shape),
-            spec.dtype.encode("ascii"),
-            *spec.shape,
-        )
-        for spec in tensors
-    )
+    described = b"".join(_describe_one(spec) for spec in tensors)
     length = _HEAD.size + len(described)
     padding = -length % _ALIGNMENT
     return length + padding, described + bytes(padding)
+
+
+def _describe_one(spec: TensorSpec) -> bytes:
+    """The form of a compressed tensor stands behind its dtype: ``bfloat16+int8``."""
+    name = (f"{spec.dtype}+{spec.encoding}" if spec.encoding else spec.dtype).encode("ascii")
+    return struct.pack(f"<BB{len(name)}s{len(spec.shape)}Q", len(name), len(spec.shape), name, *spec.shape)
 
 
 @lru_cache(1024)
@@ -115,7 +131,8 @@ def _tensors_from(described: bytes, num_tensors: int) -> tuple[TensorSpec, ...]:
         name_bytes, num_dims = _TENSOR.unpack_from(described, offset)
         layout = struct.Struct(f"<{name_bytes}s{num_dims}Q")
         name, *shape = layout.unpack_from(described, offset + _TENSOR.size)
-        tensors.append(TensorSpec(name.decode("ascii"), tuple(shape)))
+        dtype, _, encoding = name.decode("ascii").partition("+")
+        tensors.append(TensorSpec(dtype, tuple(shape), encoding))
         offset += _TENSOR.size + layout.size
     return tuple(tensors)
 

@@ -83,6 +83,7 @@ reports = st.builds(
     compute_seconds=real,
     wait_seconds=real,
     sent_bytes=small,
+    saved_bytes=small,
     sampled=st.lists(
         st.builds(Sampled, row=small, token_id=small, logprob=st.none() | real, top=pairs), max_size=3
     ).map(tuple),

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from mlx_cluster.config.explain import MASK, explain
 from mlx_cluster.config.keys import leaves
 from mlx_cluster.config.load import Loaded, build, environment_layer, load, provenance_of, written_layer
 from mlx_cluster.config.names import find_node, manual_stages, node_name, settings_of_node
-from mlx_cluster.config.schema import CoordinatorSection, Section, Settings
+from mlx_cluster.config.schema import CoordinatorSection, NetworkSection, Section, Settings
 from mlx_cluster.errors import ConfigError
 
 CLUSTER_DOCUMENT = """\
@@ -372,3 +372,11 @@ def test_keys_are_listed_by_hash_and_once(tmp_path: Path, keys: str, words: str)
     keys = keys.replace("HASH", "ab" * 32).replace("BASE", "ba" * 32)
     cluster = f"cluster:\n  nodes:\n    - {{host: a, node_id: 0}}\napi_gateway:\n  keys: {keys}\n"
     assert words in str(refusal(tmp_path, cluster=cluster))
+
+
+def test_links_are_named_by_pairs_of_nodes_in_any_order() -> None:
+    network = NetworkSection.model_validate({"links": {"2-1": {"compression": "int8"}}})
+    assert network.links["1-2"].compression == "int8"
+    assert network.compression == "off"
+    with pytest.raises(ValidationError, match="write their ids like 0-1"):
+        NetworkSection.model_validate({"links": {"mini1": {}}})

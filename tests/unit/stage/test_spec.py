@@ -25,6 +25,7 @@ def test_a_spec(emulation: EmulationSpec | None, faults: FaultSpec | None) -> No
         faults=faults,
         prefix_disk=DiskSpec("/var/prefixes", 7) if faults else None,
         kv_bits=8,
+        compression="int8",
     )
     assert StageSpec.from_line(spec.to_line()) == spec
 
