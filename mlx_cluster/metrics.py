@@ -111,6 +111,7 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "verified_blocks": ("verified_blocks_total", "Steps that tried a draft"),
     "drafted_tokens": ("drafted_tokens_total", "Tokens that were drafted and tried"),
     "accepted_tokens": ("accepted_tokens_total", "Drafted tokens that came true"),
+    "draft_model_ready": ("draft_model_ready", "Whether the process of the draft model answers"),
     "prefix_entries": ("prefix_entries", "Entries of the prefix cache"),
     "prefix_bytes": ("prefix_bytes", "What they take on the stage where they take the most"),
     "prefix_disk_entries": ("prefix_disk_entries", "Entries of the prefix cache that are on the stages' disks only"),

@@ -255,6 +255,10 @@ class SpeculationSection(Section):
     mode: Literal["auto", "on", "off"] = "auto"
     max_draft: Annotated[int, Field(ge=1, le=64)] = 8  # tokens
     min_match: Annotated[int, Field(ge=1, le=16)] = 3  # a draft is what followed so many of the last tokens before
+    # A small model with the same vocabulary, as directory or repository id: it drafts in a process of its own on the
+    # node of a pipeline's first stage. Without it, and when it is gone, drafts are looked up in the text.
+    draft_model: str | None = None
+    draft_wait: Annotated[float, Field(ge=0, le=10)] = 0.02  # seconds that a step waits for its draft at most
 
 
 class LogSection(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlx_cluster import log
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import SchedulerSection
 from mlx_cluster.engine.chunking import ChunkTimes
+from mlx_cluster.engine.draft_stream import DraftStream
 from mlx_cluster.engine.fill import Fill
 from mlx_cluster.engine.memory import StageMemory
 from mlx_cluster.engine.prefix import Limits, PrefixIndex
@@ -37,6 +38,7 @@ from mlx_cluster.wire import encode_microbatch
 _log = log.get("engine")
 
 ENOUGH_STEPS = 64  # decode steps until their mean says something of a stage
+_DRAFT_OPEN_SECONDS = 25.0
 _SILENCE_SECONDS = 6.0  # a stage answers ticks at once, also while it computes; longer silence is a frozen process
 _REHEARSAL_SECONDS = 3.0  # of an idle pipeline, for measuring its steps
 
@@ -90,6 +92,7 @@ class PipelineEngine:
         shares: Mapping[str, Share] | None = None,
         memory: Sequence[StageMemory] = (),
         drafts: Bounds | None = None,
+        helper: Callable[[PipelineEngine], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self.plan = plan
         self.epoch = epoch
@@ -100,6 +103,11 @@ class PipelineEngine:
         self._max_rows = settings.max_rows
         self._fill = Fill(plan.num_stages, settings.max_groups)
         self._block_costs = BlockCosts(plan.num_stages, lambda: self._fill.hop_seconds)
+        self._speculation = Speculation(drafts, self._block_costs) if drafts is not None else None
+        self._helper = helper  # runs beside the engine once that is ready: it brings a draft model
+        self._helping: asyncio.Task[None] | None = None
+        self._draft_stream: DraftStream | None = None
+        self._draft_state = "starting" if helper is not None else "none"
         self._chunk_times = ChunkTimes(plan.num_stages)
         self._scheduler = Scheduler(
             Policy(
@@ -120,7 +128,7 @@ class PipelineEngine:
                 max_wait_seconds=settings.max_wait_ms / 1000,
             ),
             PrefixIndex(prefix) if prefix is not None else None,
-            Speculation(drafts, self._block_costs) if drafts is not None else None,
+            self._speculation,
         )
         self._has_disk = prefix is not None and prefix.disk_max_bytes > 0
         self._clients: dict[int, _Client] = {}
@@ -176,6 +184,8 @@ class PipelineEngine:
         except ClusterError as error:
             raise StageStartError(f"the first token did not come through all stages: {error}") from error
         self._rehearsal = asyncio.get_running_loop().create_task(self._rehearse(), name="rehearsal")
+        if self._helper is not None:
+            self._helping = asyncio.get_running_loop().create_task(self._helper(self), name="draft model")
 
     async def _rehearse(self) -> None:
         model = self.plan.model.id
@@ -190,10 +200,48 @@ class PipelineEngine:
         if self._rehearsal is not None:
             await asyncio.wait([self._rehearsal])
 
+    # -- a draft model ---------------------------------------------------------------------------------
+
+    async def attach_drafts(self, address: str, plan: Plan, epoch: Epoch) -> None:
+        """A process at ``address`` drafts from now on. Raises ``StageStartError`` when it does not answer."""
+        if self._speculation is None:
+            return
+        stream = DraftStream(
+            address,
+            plan,
+            epoch,
+            max_ahead=2 * self._speculation.bounds.max_draft,
+            on_draft=self._pump,
+            on_lost=self.drafts_unavailable,
+        )
+        self._draft_stream = stream
+        await stream.open(_DRAFT_OPEN_SECONDS)
+        self._speculation.model = stream.model
+        self._draft_state = "ready"
+
+    def drafts_unavailable(self, reason: str) -> None:
+        """Go on without a draft model; the text itself is still looked at."""
+        if self._draft_state.startswith("unavailable"):
+            return
+        self._draft_state = f"unavailable: {reason}"
+        _log.warning("no drafts from a model", pipeline=self.plan.pipeline, reason=reason)
+        if self._speculation is not None:
+            self._speculation.model = None
+        if self._error is None:
+            self._pump()  # a step may be waiting for it
+
+    async def _end_drafts(self) -> None:
+        if self._helping is not None:
+            self._helping.cancel()
+            await asyncio.wait([self._helping])
+        if self._draft_stream is not None:
+            await self._draft_stream.close()
+
     async def stop(self, error: ClusterError | None = None) -> None:
         """End: running sequences get ``error`` (default ``Recovering``); streams are closed."""
         self._fail(error or Recovering("the engine is shutting down"))
         await self._end_rehearsal()
+        await self._end_drafts()
         if self._watchdog is not None:
             self._watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -250,6 +298,8 @@ class PipelineEngine:
         return {
             **self._scheduler.statistics(),
             "tokens": self._num_tokens,
+            "draft_model": self._draft_state,
+            **({"draft_model_ready": int(self._draft_state == "ready")} if self._helper is not None else {}),
             "prefix_fallbacks": self._num_fallbacks,
             "unaccounted": dict(self._unaccounted),
             "held": [(s.held.rows, s.held.entries) if s.held is not None else None for s in self._streams],
@@ -395,6 +445,8 @@ class PipelineEngine:
                     self._on_stage_lost(stream.index, f"silent for {stream.silent_seconds(now):.1f} s")
                     return
                 stream.tick()
+            if self._draft_stream is not None:
+                self._draft_stream.tick(now, _SILENCE_SECONDS)
             self._check_reports(now)
             self._audit()
 

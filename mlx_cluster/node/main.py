@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_cluster import log
 from mlx_cluster.config.load import Loaded
@@ -26,6 +27,7 @@ from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
 from mlx_cluster.node.composed import ComposedEngine, response_cache
 from mlx_cluster.node.copies import Copies
+from mlx_cluster.node.draft import drafting
 from mlx_cluster.node.identity import Identity, identify
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.servers import NodeServers
@@ -134,6 +136,7 @@ def engine_maker(settings: Settings, models: LocalModels, state_dir: Path) -> En
             report_deadline_seconds=settings.runtime.hang_timeout,
             prefix=prefix_limits(settings.runtime.prefix_cache, row_costs),
             drafts=draft_bounds(settings.speculation, row_costs),
+            helper=draft_helper(settings, local.directory, models.folders),
             memory=[StageMemory(c.budget_bytes, c.bytes_per_position, c.fixed_bytes) for c in row_costs],
             shares={key.tenant: Share(key.weight, key.max_waiting) for key in settings.api_gateway.keys},
         )
@@ -145,11 +148,21 @@ def engine_maker(settings: Settings, models: LocalModels, state_dir: Path) -> En
     return make
 
 
+def draft_helper(
+    settings: Settings, target: Path, folders: tuple[str, ...]
+) -> Callable[[PipelineEngine], Coroutine[Any, Any, None]] | None:
+    """What brings an engine its draft model, where the settings name one."""
+    wanted = settings.speculation.draft_model
+    if wanted is None or settings.speculation.mode == "off":
+        return None
+    return drafting(wanted, target, folders, settings.runtime)
+
+
 def draft_bounds(section: SpeculationSection, row_costs: Sequence[RowCost]) -> Bounds | None:
     """Bounds of speculation; None when it is switched off, or where a rejected draft could not be taken back."""
     if section.mode == "off" or not row_costs or not all(cost.can_trim for cost in row_costs):
         return None
-    return Bounds(section.mode, section.max_draft, section.min_match)
+    return Bounds(section.mode, section.max_draft, section.min_match, section.draft_wait)
 
 
 def prefix_limits(section: PrefixCacheSection, row_costs: Sequence[RowCost]) -> Limits | None:

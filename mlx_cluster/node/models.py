@@ -55,6 +55,11 @@ class LocalModels:
         self._missing: dict[str, str] = {}
 
     @property
+    def folders(self) -> tuple[str, ...]:
+        """Where this node's settings say that models lie."""
+        return tuple(self._folders)
+
+    @property
     def facts(self) -> tuple[ModelFacts, ...]:
         return tuple(model.facts for model in self._found.values())
 
