@@ -19,6 +19,7 @@ from mlx_cluster.cli.plan import plan
 from mlx_cluster.cli.status import status
 from mlx_cluster.cli.up import up
 from mlx_cluster.cli.version import version
+from mlx_cluster.cli.witness import witness
 from mlx_cluster.errors import ClusterError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ config_app.command("explain")(explain)
 app.command("up")(up)
 app.add_typer(node_app, name="node")
 app.add_typer(coordinator_app, name="coordinator")
+app.command("witness")(witness)
 app.command("status")(status)
 app.command("plan")(plan)
 app.command("chat")(chat)

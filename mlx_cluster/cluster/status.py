@@ -133,6 +133,7 @@ class NodeStatus:
     health: float = 1.0
     load: float = 0.0
     leaving: bool = False
+    speed_bytes_per_second: float = 0.0  # of weights read, measured at join; 0: not known
     recoveries: tuple[Recovery, ...] = ()  # the latest of the pipelines that this node drives
 
     def model(self, model_id: str) -> ModelFacts | None:

@@ -219,6 +219,8 @@ class RuntimeSection(Section):
     dequantize: Literal["auto", "always", "never"] = "auto"
     blas: Literal["auto", "off"] = "auto"  # preload OpenBLAS for stage processes (Linux CPU)
     threads: Annotated[int, Field(ge=1)] = 1  # BLAS threads per stage process
+    # Half a second at the start of a node, for placement; auto: not while all nodes share this machine.
+    measure_speed: Literal["auto", "always", "never"] = "auto"
     # A configured model that this node lacks: copied from a peer, else downloaded (fetch); from peers only; or neither.
     missing_models: Literal["fetch", "peers", "off"] = "fetch"
     load_timeout: Annotated[float, Field(gt=0)] = 600.0

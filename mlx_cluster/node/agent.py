@@ -66,6 +66,7 @@ class Agent:
         start_process: StageStarter,
         make_engine: EngineMaker,
         timing: Timing,
+        speed_bytes_per_second: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.identity, self.models = settings, identity, models
@@ -96,6 +97,7 @@ class Agent:
         )
         self._unplaced: tuple[tuple[str, str], ...] = ()
         self._word = OwnWord(settings, identity, self._version)
+        self._word.speed_bytes_per_second = speed_bytes_per_second
         self._leaving = False
         self.stages = StageHost(
             self.state,

@@ -78,6 +78,11 @@ def _state_dir(settings: Settings, entry: NodeEntry, name: str) -> Path:
     given = settings_of_node(settings, entry).state_dir
     if given is not None:
         return Path(given).expanduser()
+    return default_state_dir(settings, name)
+
+
+def default_state_dir(settings: Settings, name: str) -> Path:
+    """Where ``name`` remembers when the configuration does not say where."""
     home = Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser()
     return home / "mlx-cluster" / settings.cluster.name / name
 

@@ -31,6 +31,7 @@ from mlx_cluster.node.draft import drafting
 from mlx_cluster.node.identity import Identity, identify
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.servers import NodeServers
+from mlx_cluster.node.speed import measure_speed
 from mlx_cluster.node.stages import StageHandle, StageStarter
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.stage.process import StageProcess
@@ -61,7 +62,7 @@ async def _run(settings: Settings, identity: Identity) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     models = LocalModels(settings, identity.entry, identity.state_dir / "models")
-    await models.refresh()
+    _, speed = await asyncio.gather(models.refresh(), measure_speed(settings))
     agent = Agent(
         settings,
         identity,
@@ -73,6 +74,7 @@ async def _run(settings: Settings, identity: Identity) -> int:
             link_seconds=settings.network.connect_timeout,
             canary_seconds=CANARY_SECONDS,
         ),
+        speed_bytes_per_second=speed,
     )
     servers = NodeServers(agent)
     copies = Copies(settings, identity.node_id, models, lambda: agent.view.living, agent.peers.channel)

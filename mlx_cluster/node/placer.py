@@ -135,7 +135,8 @@ class ClusterPlacer:
     ) -> tuple[ModelCosts, list[NodeBudget]]:
         costs = costs_of(facts, ratio)
         loads = promised(kept, nodes)
-        own = [NodeBudget(s.node_id, s.name, available_bytes(s, facts.id, nodes)) for s in only]
+        speeds = speeds_of(only)
+        own = [NodeBudget(s.node_id, s.name, available_bytes(s, facts.id, nodes), speeds[s.node_id]) for s in only]
         budgets = beside(own, loads)
         measured = self._measured.get(facts.id)
         return with_measured(costs, budgets, measured) if measured is not None else (costs, budgets)
@@ -181,6 +182,14 @@ def promised(kept: Sequence[Plan], nodes: Sequence[NodeStatus]) -> dict[int, Loa
             old = loads.get(stage.node_id, Load())
             loads[stage.node_id] = Load(old.num_bytes + max(0, needed - held), old.pipelines + 1)
     return loads
+
+
+def speeds_of(nodes: Sequence[NodeStatus]) -> dict[int, float]:
+    """Relative speeds, to a tenth, from what the nodes measured at join; all 1 unless every one of them has."""
+    slowest = min((s.speed_bytes_per_second for s in nodes), default=0.0)
+    if slowest <= 0:
+        return {s.node_id: 1.0 for s in nodes}
+    return {s.node_id: round(s.speed_bytes_per_second / slowest, 1) for s in nodes}
 
 
 def costs_of(facts: ModelFacts, ratio: float) -> ModelCosts:

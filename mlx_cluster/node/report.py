@@ -82,6 +82,7 @@ def nodes(view: ClusterView) -> Json:
                 "memory_total_bytes": node.status.memory_total_bytes if node.status else None,
                 "memory_free_bytes": node.status.memory_free_bytes if node.status else None,
                 "cores": node.status.cores if node.status else None,
+                "speed_bytes_per_second": (node.status.speed_bytes_per_second or None) if node.status else None,
                 "models": [facts.id for facts in node.status.models] if node.status else [],
                 "missing_models": dict(node.status.missing) if node.status else {},
                 "stages": [stage(s) for s in node.status.stages] if node.status else [],

@@ -43,6 +43,7 @@ class OwnWord:
         self.boot_id, self._sequence = secrets.token_hex(6), 0
         budget = settings_of_node(settings, identity.entry).memory_budget
         self._total_bytes = min(machine.total_bytes(), parse_bytes(budget)) if budget else machine.total_bytes()
+        self.speed_bytes_per_second = 0.0  # measured at join
         self.late_seconds = 0.0  # how late the event loop woke up last
         self.look()
 
@@ -106,6 +107,7 @@ class OwnWord:
             ),
             load=self._load,
             leaving=leaving,
+            speed_bytes_per_second=self.speed_bytes_per_second,
             recoveries=recoveries,
         )
 

@@ -81,12 +81,12 @@ class ClusterProcesses:
     first_port: int = 0
 
     def __post_init__(self) -> None:
-        self.first_port = free_block(6 * self.num_nodes + 1 + 20)
+        self.first_port = free_block(6 * self.num_nodes + 1 + 20 + 1)
         nodes = [
             {"host": "127.0.0.1", "name": f"mini{i + 1}", "node_id": i, "ports": [self._base(i) + k for k in range(5)]}
             for i in range(self.num_nodes)
         ]
-        low = self.first_port + 6 * self.num_nodes + 1
+        low = self.first_port + 6 * self.num_nodes + 1  # and one port more behind these 20, for a witness
         model: dict[str, Any] = {"path": str(self.model_dir)}
         if self.split:
             model["split"] = self.split
@@ -98,9 +98,16 @@ class ClusterProcesses:
             "nodes": {f"mini{i + 1}": {"state_dir": str(self.folder / f"state{i}")} for i in range(self.num_nodes)},
             "models": {"tiny": model},
         }
-        for section, values in self.settings.items():
-            tree[section] = {**tree.get(section, {}), **values}
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(tree))
+        self.amend(self.settings)
+
+    def amend(self, settings: dict[str, dict[str, Any]]) -> None:
+        """Set keys of some sections, before the nodes start."""
+        path = self.folder / "cluster.yaml"
+        tree = yaml.safe_load(path.read_text())
+        for section, values in settings.items():
+            tree[section] = {**tree.get(section, {}), **values}
+        path.write_text(yaml.safe_dump(tree))
 
     def _base(self, node: int) -> int:
         return self.first_port + 5 * node

@@ -406,3 +406,21 @@ def test_whatever_happens_the_living_end_with_one_plan_over_living_nodes(trace: 
     for _ in range(3):
         world.second(frozenset())
     assert world.documents[living[0]] == settled, "nothing changes when nothing happens"
+
+
+def test_a_drained_node_loses_its_layers_and_gets_none_until_it_is_undrained() -> None:
+    deciding = coordinator()
+    document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    drained = replace(document, drained=(1,), version=document.version + 1)
+    moved = committed(deciding.decide(view(0, told(drained, THREE)), LED, drained, now=3.0))
+    assert [s.node_id for s in moved.plans[0].stages] == [0, 2]
+    assert moved.drained == (1,)
+    again = deciding.decide(view(0, told(moved, THREE)), LED, moved, now=4.0)
+    assert again.commit is None
+
+
+def test_a_drained_node_goes_on_while_the_others_cannot_hold_its_layers() -> None:
+    deciding = coordinator(EvenPlacer(capacity=2))
+    document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    drained = replace(document, drained=(1,), version=document.version + 1)
+    assert deciding.decide(view(0, told(drained, THREE)), LED, drained, now=3.0).commit is None

@@ -158,3 +158,15 @@ def test_a_status_survives_its_json() -> None:
 def test_a_status_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(TypeError, match="surprise"):
         NodeStatus.from_json({**status(1).to_json(), "surprise": 1})
+
+
+def test_a_node_that_leaves_in_good_order_is_dead_at_once_and_alive_again_with_its_next_boot() -> None:
+    table = Membership(0, members(2), VERSION, 1.0, 3, 0.0)
+    table.heard(status(0), 0.0)
+    table.heard(status(1, 1), 0.0)
+    assert table.view(0.1).nodes[1].state == "alive"
+    table.heard(status(1, 2, leaving=True), 0.2)
+    gone = table.view(0.2).nodes[1]
+    assert (gone.state, gone.detail) == ("dead", "has left")
+    table.heard(status(1, 1, boot="next"), 0.3)
+    assert table.view(0.3).nodes[1].state == "alive"
