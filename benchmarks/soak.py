@@ -34,8 +34,9 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import fill, record
+from benchmarks import emulated, record
 from mlx_cluster.request import Sampling, SequenceRequest, Token
+from mlx_cluster.stage.spec import EmulationSpec
 
 ALLOWED_GROWTH = 1.03
 QUARTERS = 4
@@ -43,6 +44,7 @@ START_SECONDS = 180.0
 IDLE_SECONDS = 60.0
 STALE_SECONDS = 3.0  # what the stages said last may be a second old
 REQUEST_SECONDS = 300.0
+SLEEP_SECONDS_PER_ROW = 0.001
 WORDS = ("the", "pipeline", "keeps", "every", "machine", "busy", "while", "tokens", "flow", "and", "nobody", "waits")
 # Bounds that are reached within the first quarter, so that what grows after it grows for another reason.
 SETTINGS = ("runtime.prefix_cache.max_bytes=8MB", "api_gateway.max_concurrent_requests=256")
@@ -302,10 +304,10 @@ async def real(load: Load, nodes: int, base_port: int, gateway_port: int) -> dic
         )
 
 
-async def emulated(load: Load, stages: int) -> dict[str, Any]:
+async def asleep(load: Load, stages: int) -> dict[str, Any]:
     """Real stage processes whose devices sleep, and the engine in this process."""
-    case = fill.Case(stages, 0.004, 0.0, 1.0)
-    async with fill.pipeline(case) as engine:
+    emulations = [EmulationSpec(seconds_per_row=SLEEP_SECONDS_PER_ROW)] * stages
+    async with emulated.pipeline(emulations) as engine:
         out = Outcomes()
 
         async def one(index: int) -> None:
@@ -403,7 +405,7 @@ def main() -> None:
         arguments.seed,
     )
     if arguments.emulated:
-        result = asyncio.run(emulated(load, arguments.nodes))
+        result = asyncio.run(asleep(load, arguments.nodes))
     else:
         result = asyncio.run(real(load, arguments.nodes, arguments.base_port, arguments.gateway_port))
     result["kind"] = "emulated stages" if arguments.emulated else "demo model"
