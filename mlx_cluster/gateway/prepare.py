@@ -144,7 +144,11 @@ def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenize
     values = dict(ask.template_values)
     bound = binds_text(ask, tokenizer)
     tools = [_told(tool, bound).for_template() for tool in offered(ask)]
-    if tokenizer.tool_format is None:
+    if tokenizer.harmony:
+        messages = [_for_harmony(message) for message in messages]
+        if tools:
+            values["tools"] = tools
+    elif tokenizer.tool_format is None:
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             messages = teach(messages, tools)
     elif tools:
@@ -154,6 +158,15 @@ def _render(ask: Ask, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenize
     text = tokenizer.chat_text(messages, continues=ask.continues, **values)
     opened = tokenizer.reasoning is not None and tokenizer.reasoning.opened_by(text)
     return tokenizer.encode(text, add_special_tokens=False), opened
+
+
+def _for_harmony(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Reasoning goes back to the model only beside calls, and not beside text: its template insists."""
+    if "reasoning_content" not in message:
+        return message
+    values = dict(message)
+    reasoning = values.pop("reasoning_content")
+    return {**values, "thinking": reasoning} if values.get("tool_calls") and not values.get("content") else values
 
 
 def _told(tool: Tool, bound: bool) -> Tool:
@@ -176,7 +189,7 @@ def offered(ask: Ask) -> tuple[Tool, ...]:
 
 def binds_text(ask: Ask, tokenizer: Tokenizer) -> bool:
     """Whether calls of tools with plain text are bound to their grammars: where calls are written in the JSON form."""
-    if not any(tool.text_grammar is not None for tool in offered(ask)):
+    if tokenizer.harmony or not any(tool.text_grammar is not None for tool in offered(ask)):
         return False
     use = ask.tool_use
     constrained = ask.grammar is not None or (use is not None and use.choice == "required")
@@ -189,6 +202,8 @@ def _shape(ask: Ask, tokenizer: Tokenizer, opened: bool) -> Shape:
     tools = offered(ask)
     reasoning = tokenizer.reasoning if ask.splits_reasoning else None
     shape = Shape(reasoning=reasoning, begins_in_reasoning=opened and reasoning is not None)
+    if tokenizer.harmony and ask.splits_reasoning:
+        return Shape(harmony=True, parallel=use is None or use.parallel)
     if use is None or not tools:
         return shape
     constrained = use.choice == "required" or ask.grammar is not None
@@ -228,8 +243,12 @@ async def _grammar(ask: Ask, tokenizer: Tokenizer, shape: Shape, catalogue: Cata
             grammar.check(ask.grammar, ask.grammar_field)
         main = None if required else ask.grammar
         opened = shape.begins_in_reasoning
-        whole = structured.compose(
-            main, use, shape.reasoning, opened=opened, special_id=tokenizer.special_id, may_call=may_call
+        whole = (
+            structured.compose_harmony(main, use, tokenizer.special_id)
+            if shape.harmony
+            else structured.compose(
+                main, use, shape.reasoning, opened=opened, special_id=tokenizer.special_id, may_call=may_call
+            )
         )
         if whole is not None and whole is not ask.grammar:
             grammar.check(whole, field)

@@ -22,10 +22,10 @@ from mlx_cluster.errors import ClusterError, DeadlineExceeded, Unavailable
 from mlx_cluster.gateway.attempts import Broken, Patience, attempts
 from mlx_cluster.gateway.choice import Choice, Piece
 from mlx_cluster.gateway.echo import Echoed, Echoes
+from mlx_cluster.gateway.harmony import splitter_for
 from mlx_cluster.gateway.mailbox import Mailbox
 from mlx_cluster.gateway.parts import Marked, Part
 from mlx_cluster.gateway.prepare import Prepared
-from mlx_cluster.gateway.splitter import Splitter
 from mlx_cluster.metrics import GatewayMetrics
 from mlx_cluster.request import Admitted, Event, Finished, Scored, SequenceRequest, Token
 
@@ -123,9 +123,7 @@ class Session:
             )
             for sequence in prepared.sequences
         ]
-        self._splitters = [
-            None if prepared.shape.plain else Splitter(prepared.shape, _call_id) for _ in prepared.sequences
-        ]
+        self._splitters = [splitter_for(prepared.shape, _call_id) for _ in prepared.sequences]
         self._echoes = Echoes([sequence.prompt for sequence in prepared.sequences] if prepared.ask.echo else ())
         self._resumed = [False] * len(prepared.sequences)
         self._completion_tokens = 0

@@ -20,6 +20,7 @@ from typing import Any
 
 from mlx_cluster.gateway.choice import Piece
 from mlx_cluster.gateway.parts import CallArguments, CallEnd, CallStart, Part, Thought
+from mlx_cluster.tokenizer.harmony import MARKS
 from mlx_cluster.tokenizer.reasoning import Markers
 from mlx_cluster.tokenizer.tools import ParsedCall, ToolFormat
 
@@ -35,14 +36,17 @@ class Shape:
     format: ToolFormat | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     parallel: bool = True
+    harmony: bool = False  # the answer is messages in channels, see ``harmony``
 
     @property
     def plain(self) -> bool:
-        return self.reasoning is None and self.format is None
+        return self.reasoning is None and self.format is None and not self.harmony
 
     @property
     def markers(self) -> tuple[str, ...]:
         """Every text that a special token may have a part in."""
+        if self.harmony:
+            return MARKS
         reasoning = (self.reasoning.start, self.reasoning.end) if self.reasoning else ()
         return (*reasoning, self.format.start, self.format.end) if self.format else reasoning
 

@@ -15,6 +15,7 @@ from typing import Any
 from mlx_cluster import grammar
 from mlx_cluster.gateway.ask import Tool, ToolUse
 from mlx_cluster.request import Grammar
+from mlx_cluster.tokenizer import harmony
 from mlx_cluster.tokenizer.reasoning import Markers
 from mlx_cluster.tokenizer.tools import JSON_FORMAT
 
@@ -74,6 +75,30 @@ def compose(
         before = "before " if opened else "before? "
         rules += _reasoning_rules(reasoning, opened, special_id)
     lark = "\n".join([f"start: {before}({' | '.join(bodies)})", *rules])
+    return Grammar("llguidance", json.dumps({"grammars": [{"lark_grammar": lark}, *parts]}, ensure_ascii=False))
+
+
+def compose_harmony(main: Grammar | None, use: ToolUse | None, special_id: Callable[[str], int | None]) -> Grammar:
+    """The grammar of an answer in the harmony form: analysis if the model likes, then ``main`` as final or one call."""
+    channel, message, end, start, constrain = (
+        f"<[{special_id(mark)}]>"
+        for mark in (harmony.CHANNEL, harmony.MESSAGE, harmony.END, harmony.START, harmony.CONSTRAIN)
+    )
+    rules = [rf'analysis: {channel} "analysis" {message} THOUGHT {end} {start} "assistant"', r"THOUGHT: /(.|\n)*/"]
+    bodies: list[str] = []
+    parts: list[dict[str, Any]] = []
+    if main is not None:
+        bodies.append("final")
+        rules.append(f'final: {channel} "final" {message} @main')
+        parts.append({**grammar.part_of(main), "name": "main"})
+    for index, tool in enumerate(_callable(use) if use is not None else ()):
+        bodies.append(f"tool{index}")
+        head = f'{channel} {_quoted(f"commentary to=functions.{tool.name} ")} {constrain} "json" {message}'
+        rules += [
+            f"tool{index}: {head} arguments{index}",
+            f"arguments{index}: {grammar.json_rule(arguments_schema(tool))}",
+        ]
+    lark = "\n".join([f"start: analysis? ({' | '.join(bodies)})", *rules])
     return Grammar("llguidance", json.dumps({"grammars": [{"lark_grammar": lark}, *parts]}, ensure_ascii=False))
 
 

@@ -24,6 +24,7 @@ from mlx_cluster.tokenizer.decode import (
     byte_alphabet,
 )
 from mlx_cluster.tokenizer.fim import FimTokens, find_fim
+from mlx_cluster.tokenizer.harmony import is_harmony
 from mlx_cluster.tokenizer.reasoning import Markers, find_markers
 from mlx_cluster.tokenizer.tools import ToolFormat, find_format
 
@@ -42,6 +43,7 @@ class Tokenizer:
         self.template = template = _template_text(inner.chat_template)
         vocabulary = inner.get_vocab()
         self.reasoning: Markers | None = find_markers(template, vocabulary)
+        self.harmony: bool = is_harmony(template, vocabulary)
         self.fim: FimTokens | None = find_fim(vocabulary)
         self.tool_format: ToolFormat | None = find_format(template, vocabulary)
         self.template_names: frozenset[str] = frozenset(re.findall(r"[A-Za-z_]\w*", template))
