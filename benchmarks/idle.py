@@ -10,6 +10,7 @@ hardly depends on what else the machine does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -72,13 +73,15 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def wakeups(pid: int) -> int:
-    total = 0
+def wakeups(pid: int) -> dict[str, int]:
+    """Voluntary context switches by thread."""
+    found = {}
     for task in Path(f"/proc/{pid}/task").glob("*/status"):
-        for line in task.read_text().splitlines():
-            if line.startswith("voluntary_ctxt_switches"):
-                total += int(line.split()[1])
-    return total
+        with contextlib.suppress(OSError):  # the thread has ended
+            for line in task.read_text().splitlines():
+                if line.startswith("voluntary_ctxt_switches"):
+                    found[task.parent.name] = int(line.split()[1])
+    return found
 
 
 def measure(pids: dict[int, str], seconds: float) -> list[Usage]:
@@ -94,7 +97,7 @@ def measure(pids: dict[int, str], seconds: float) -> list[Usage]:
                 what,
                 pid,
                 round(100 * (cpu_seconds(pid) - cpu) / elapsed, 2),
-                round((wakeups(pid) - woken) / elapsed, 1),
+                round(sum(now - woken[thread] for thread, now in wakeups(pid).items() if thread in woken) / elapsed, 1),
             )
         )
     return usages

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_cluster.model import cache as row_cache
-from mlx_cluster.model import families
+from mlx_cluster.model import families, graph, prompts
 from mlx_cluster.model.cache import Caches
 from mlx_cluster.model.slice import ModelSlice
 from tests.tiny_models import FAMILIES, build_tiny, tiny_config
@@ -119,3 +119,28 @@ def test_the_head_at_the_last_position_is_the_last_of_all(family: str) -> None:
     (last,) = part(tokens, [], part.make_caches(), head="last")
     assert last.shape == (1, 1, VOCAB)
     assert mx.allclose(last, every[:, -1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(), (2, 5)])
+def test_the_head_multiplies_one_position_of_each_row_and_none_for_chunks_before_the_last(
+    lengths: tuple[int, ...],
+) -> None:
+    part = ModelSlice(build_tiny("qwen2/untied", vocab=VOCAB), 0, 6)
+    seen: list[tuple[int, ...]] = []
+
+    def watch(original: graph.LayerCall) -> graph.LayerCall:
+        def call(layer: Any, states: mx.array) -> Any:
+            seen.append(tuple(states.shape))
+            return original(layer, states)
+
+        return call
+
+    graph.swap_call(part.model.lm_head, watch)
+    rows = max(1, len(lengths))
+    tokens = mx.zeros((rows, 5), mx.int32)
+    caches = prompts.begin(part, lengths) if lengths else part.make_caches()
+    part(tokens, [], caches, head="none")
+    assert seen == []
+    caches = prompts.begin(part, lengths) if lengths else part.make_caches()
+    part(tokens, [], caches, head="last", lengths=lengths)
+    assert seen == [(rows, 1, 64)]
