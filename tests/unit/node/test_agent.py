@@ -131,7 +131,7 @@ async def until(what: str, probe: Callable[[], Any]) -> Any:
 
 
 class Cluster:
-    def __init__(self, folder: Path, model: Path, count: int, split: str | None) -> None:
+    def __init__(self, folder: Path, model: Path, count: int, split: str | None, fixed: str | None = None) -> None:
         base = free_block(10 * count)
         self.settings = Settings.model_validate(
             {
@@ -146,8 +146,7 @@ class Cluster:
                     "heartbeat_interval": 0.1,
                     "failure_threshold": 10,
                     "port": base + 10 * count - 1,
-                    "election_timeout_min": 0.6,
-                    "election_timeout_max": 1.2,
+                    "fixed": fixed,
                 },
                 "api_gateway": {"port": base + 5 * count},
                 "nodes": {f"mini{i}": {"state_dir": str(folder / str(i))} for i in range(count)},
@@ -169,8 +168,10 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(folder: Path, model: Path, count: int, split: str | None = None) -> AsyncIterator[Cluster]:
-    made = Cluster(folder, model, count, split)
+async def cluster(
+    folder: Path, model: Path, count: int, split: str | None = None, fixed: str | None = None
+) -> AsyncIterator[Cluster]:
+    made = Cluster(folder, model, count, split, fixed)
     try:
         await made.start(*range(count))
         yield made
