@@ -78,7 +78,8 @@ class ResponseCache:
             self._drop(name)
         found = await self._file.get(name) if self._file is not None else None
         if found is None:
-            return None
+            entry = self._entries.get(name)  # it may have been computed while the file was asked
+            return entry.body if entry is not None else None
         kept_at, body = found
         self._remember(name, _Entry(body, kept_at, scope))
         return body

@@ -127,7 +127,9 @@ class SharingEngine:
             _log.exception("shared run failed", request=request.request_id)
             run.hear(ClusterError(repr(error)))
         finally:
-            self._forget(key, run)
+            # A whole run may still be joined, and is forgotten with its last listener; a failed one may not.
+            if not run.heard or not isinstance(run.heard[-1], Finished):
+                self._forget(key, run)
 
     async def _leave(self, key: _Key, run: _Run) -> None:
         """Nobody listens any more: nobody may join either, and the engine hears it before this returns."""

@@ -70,6 +70,19 @@ async def test_after_the_end_it_is_computed_again() -> None:
     assert len(inner.requests) == 2
 
 
+async def test_a_whole_run_may_be_joined_until_its_last_listener_leaves() -> None:
+    inner = ScriptedEngine(Script(tokens=TOKENS))
+    engine = SharingEngine(inner)
+    slow = engine.generate(GREEDY)
+    await anext(slow)
+    await inner.until(lambda: len(inner.finished) == 1)
+    assert await collect(engine, GREEDY) == WHOLE
+    assert len(inner.requests) == 1
+    await slow.aclose()
+    assert inner.cancelled == []
+    assert engine.statistics()["shared_runs"] == 0
+
+
 async def test_the_first_ones_leaving_ends_nothing_for_the_others() -> None:
     inner, go = held(1)
     engine = SharingEngine(inner)

@@ -58,8 +58,8 @@ async def test_both_together_compute_once_at_once_and_never_again(tmp_path: Path
     assert len(pipeline.engine.requests) == 1
     figures = engine.statistics()
     assert figures["rows"] == 0
-    assert figures["shared"] == 3
-    assert figures["response_cache_hits"] == 1
+    # Who comes while it is computed joins, who comes after it finds it kept: either, by how fast the disk is.
+    assert figures["shared"] + figures["response_cache_hits"] == 4
     assert (tmp_path / "answers.sqlite3").exists()
 
 
