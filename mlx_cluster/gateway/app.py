@@ -33,6 +33,7 @@ from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
 from mlx_cluster.gateway.origin import OriginPolicy
 from mlx_cluster.gateway.responses_routes import add_responses
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
+from mlx_cluster.gateway.shelf import Elsewhere
 from mlx_cluster.gateway.store import FILE_NAME, ResponseStore
 from mlx_cluster.gateway.token_routes import add_tokens
 from mlx_cluster.gateway.web_page import add_web_page
@@ -59,10 +60,12 @@ def create_app(
     node_info: NodeInfo,
     metrics: Metrics | None = None,
     state_dir: Path | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> FastAPI:
     """The application of one gateway. ``app.state.gateway.catalogue.warm()`` loads tokenizers ahead of time.
 
-    ``state_dir`` keeps stored responses; without it they end with the process.
+    ``state_dir`` keeps stored responses; without it they end with the process. ``elsewhere`` are those of other nodes,
+    and ``app.state.shelf`` this node's, for them.
     """
     metrics = metrics if metrics is not None else Metrics()
     gateway = Gateway(Catalogue(routes), settings, metrics.gateway)
@@ -72,7 +75,8 @@ def create_app(
     app.add_exception_handler(HTTPException, _not_routed)
     _add_generation(app, gateway)
     add_messages(app, gateway)
-    add_responses(app, gateway, node_info.node_id, ResponseStore(state_dir and state_dir / FILE_NAME))
+    store = ResponseStore(state_dir and state_dir / FILE_NAME)
+    app.state.shelf = add_responses(app, gateway, node_info.node_id, store, elsewhere)
     add_models(app, gateway)
     add_tokens(app, gateway)
     add_embeddings(app, gateway)

@@ -7,7 +7,6 @@ Invariant: a response with ``store: true`` is stored before its client sees its 
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from typing import Any
@@ -25,6 +24,7 @@ from mlx_cluster.gateway.incoming import asked_by, formats_in_vain, hints_in_vai
 from mlx_cluster.gateway.openai import Head
 from mlx_cluster.gateway.responses import Parsed, ResponsesBody, ask_after, parse_responses
 from mlx_cluster.gateway.responses_dialect import ResponsesDialect, error_object, new_id, response_object
+from mlx_cluster.gateway.shelf import Elsewhere, Shelf
 from mlx_cluster.gateway.sse import EventWriter
 from mlx_cluster.gateway.store import ResponseStore, Stored
 from mlx_cluster.tokenizer import Tokenizer
@@ -32,8 +32,6 @@ from mlx_cluster.tokenizer import Tokenizer
 _log = log.get("gateway")
 
 PATH = "/v1/responses"
-UNFINISHED = ("queued", "in_progress")
-_ID = re.compile(r"resp_([0-9]{1,6})_[0-9a-f]{48}")
 
 
 def response_id(node_id: int) -> str:
@@ -112,25 +110,26 @@ def _listed(item: dict[str, Any]) -> dict[str, Any]:
     return item if item.get("id") else {**item, "id": new_id("item")}
 
 
-def add_responses(app: FastAPI, gateway: Gateway, node_id: int, store: ResponseStore) -> None:
-    """Add the routes of this dialect."""
+def add_responses(
+    app: FastAPI, gateway: Gateway, node_id: int, store: ResponseStore, elsewhere: Elsewhere | None = None
+) -> Shelf:
+    """Add the routes of this dialect; gives the shelf that other nodes may ask."""
     background = Background(gateway)
+    shelf = Shelf(node_id, store, background, elsewhere)
 
     async def stored(id_: str) -> Stored:
-        found = await store.get(id_)
+        found = await shelf.get(id_)
         if found is None:
-            raise ResponseNotFound(_missing(id_, node_id), param="response_id")
+            raise ResponseNotFound(_missing(id_), param="response_id")
         return found
 
     async def ask_of(body: ResponsesBody) -> Ask:
         previous = body.previous_response_id
         if previous is None:
             return body.to_ask()
-        chain = await store.chain(previous)
+        chain = await shelf.chain(previous)
         if chain is None:
-            raise InvalidRequest(
-                _missing(previous, node_id), param="previous_response_id", code="previous_response_not_found"
-            )
+            raise InvalidRequest(_missing(previous), param="previous_response_id", code="previous_response_not_found")
         status = chain[-1].body["status"]
         if status not in ("completed", "incomplete"):
             raise InvalidRequest(
@@ -182,25 +181,21 @@ def add_responses(app: FastAPI, gateway: Gateway, node_id: int, store: ResponseS
                 param="response_id",
                 code="invalid_value",
             )
-        await background.cancel(response_id)
-        found = await stored(response_id)
-        if found.body["status"] in UNFINISHED:
-            found = Stored(found.id, found.previous_id, found.input, {**found.body, "status": "cancelled"})
-            await store.put(found)
+        found = await shelf.cancel(response_id)
+        if found is None:
+            raise ResponseNotFound(_missing(response_id), param="response_id")
         return JSONResponse(found.body)
 
     @app.delete(f"{PATH}/{{response_id}}")
     async def delete(response_id: str) -> Response:
-        await background.cancel(response_id)
-        if not await store.delete(response_id):
-            raise ResponseNotFound(_missing(response_id, node_id), param="response_id")
+        if not await shelf.delete(response_id):
+            raise ResponseNotFound(_missing(response_id), param="response_id")
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
+    return shelf
 
-def _missing(id_: str, node_id: int) -> str:
-    named = _ID.fullmatch(id_)
-    if named is not None and int(named[1]) != node_id:
-        return f"the response {id_!r} is kept by node {named[1]}, and this is node {node_id}: ask that node's gateway"
+
+def _missing(id_: str) -> str:
     return f"there is no response {id_[:128]!r}: it was not stored, was deleted, or is older than what is kept"
 
 

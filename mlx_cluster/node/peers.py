@@ -16,6 +16,7 @@ from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.document import ClusterDocument
 from mlx_cluster.cluster.rpc import ClusterClient, ClusterHandler, open_channel
 from mlx_cluster.engine.remote import RemoteEngine
+from mlx_cluster.node.responses import OtherNodes
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.request import Engine
 
@@ -36,6 +37,10 @@ class Peers:
     def remote_engine(self, address: str, pipeline: str) -> Engine:
         """The engine of a pipeline on the node whose comms port this is."""
         return RemoteEngine(self.channel(address), pipeline)
+
+    def other_responses(self) -> OtherNodes:
+        """The stored responses of the other nodes."""
+        return OtherNodes(self._cluster, self._addresses, self.channel)
 
     async def close(self) -> None:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))

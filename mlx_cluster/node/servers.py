@@ -24,6 +24,7 @@ from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.copies import weights_service
 from mlx_cluster.node.http import admin_app, health_app, node_app, operator_routes
 from mlx_cluster.node.operator import Operator
+from mlx_cluster.node.responses import ResponsesService
 from mlx_cluster.node.routes import NodeRoutes
 from mlx_cluster.wire import GRPC_OPTIONS
 
@@ -48,7 +49,9 @@ class NodeServers:
             settings.cluster.name, settings, agent.picture, routes, agent.office, operator_routes(Operator(agent))
         )
         info = NodeInfo(identity.node_id, identity.name, settings.cluster.name, agent.version)
-        self._gateway = create_app(routes, settings.api_gateway, info, metrics, identity.state_dir)
+        self._gateway = create_app(
+            routes, settings.api_gateway, info, metrics, identity.state_dir, agent.peers.other_responses()
+        )
         bind, ports = identity.bind_host, identity.ports
         self._http = [
             GatewayServer(self._gateway, identity.gateway_host, ports.gateway),
@@ -87,6 +90,7 @@ class NodeServers:
         self._comms = grpc.aio.server(options=GRPC_OPTIONS)
         ClusterService(agent, agent.settings.cluster.name, agent.version).add_to(self._comms)
         EngineService(agent.drivers.resolve).add_to(self._comms)
+        ResponsesService(agent.settings.cluster.name, self._gateway.state.shelf).add_to(self._comms)
         weights_service(agent.settings.cluster.name, agent.models).add_to(self._comms)
         try:
             self._comms.add_insecure_port(f"{bind}:{port}")

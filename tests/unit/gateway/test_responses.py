@@ -323,8 +323,8 @@ async def test_what_is_not_stored_cannot_be_found(world: World) -> None:
 
 async def test_an_id_names_the_node_that_keeps_its_response(world: World) -> None:
     foreign = f"resp_7_{'0' * 48}"
-    assert "kept by node 7" in error_of(await world.http.get(f"{PATH}/{foreign}"), 404)["message"]
-    assert "kept by node 7" in error_of(await post(world, previous_response_id=foreign), 400)["message"]
+    assert "there is no response" in error_of(await world.http.get(f"{PATH}/{foreign}"), 404)["message"]
+    assert "there is no response" in error_of(await post(world, previous_response_id=foreign), 400)["message"]
 
 
 async def finished(world: World, id_: str) -> dict[str, Any]:
