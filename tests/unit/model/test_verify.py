@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import pytest
 
 from mlx_cluster.demo import model_dir
 from mlx_cluster.microbatch import Frame, Kind, Load, Microbatch, Outcome, RowSpec, Sampled, Store, Trim
+from mlx_cluster.model.quantized_cache import KvFormat
 from mlx_cluster.model.runner import SliceRunner
 from mlx_cluster.request import Grammar, Sampling
 from tests.tiny_models import write_tiny_model
@@ -36,9 +37,9 @@ SAMPLINGS = {
 class Stages:
     """Runners one after the other, told what an engine tells them; the drafts are the caller's."""
 
-    def __init__(self, model: Path, split: Sequence[int]) -> None:
+    def __init__(self, model: Path, split: Sequence[int], kv: KvFormat | None = None) -> None:
         bounds = [sum(split[:index]) for index in range(len(split) + 1)]
-        self.runners = [SliceRunner.load(model, start, end, device="cpu") for start, end in pairwise(bounds)]
+        self.runners = [SliceRunner.load(model, *cut, device="cpu", kv=kv) for cut in pairwise(bounds)]
         self.next_id = 0
         self.positions: dict[int, int] = {}
         self.trims: list[Trim] = []
@@ -141,6 +142,15 @@ def test_drafts_leave_no_trace(small_dir: Path, split: list[int], name: str) -> 
             assert [i for i, _ in mine.top] == [i for i, _ in theirs.top]
             assert mine.logprob == (None if theirs.logprob is None else pytest.approx(theirs.logprob, abs=1e-4))
     assert all(runner.num_rows == 0 and runner.cache_bytes == 0 for runner in stages.runners)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_drafts_leave_no_trace_in_quantized_keys_and_values(tmp_path: Path, bits: Literal[4, 8]) -> None:
+    model = write_tiny_model(tmp_path / "wide", layers=2, width=128, vocab=VOCAB, family="qwen2/untied")
+    stages = Stages(model, [1, 1], KvFormat(bits, 32))
+    prompt = prompt_of(5)
+    expected = ids(plain(stages, spec_of(0, GREEDY, prompt), prompt))
+    assert ids(drafted(stages, spec_of(1, GREEDY, prompt), prompt, expected, 3)) == expected
 
 
 def test_rows_verify_beside_each_other_and_join_a_batch_again(small_dir: Path) -> None:
