@@ -37,6 +37,7 @@ class NodeView:
     state: NodeState
     status: NodeStatus | None
     detail: str = ""
+    silent_seconds: float = 0.0
 
     @property
     def node_id(self) -> int:
@@ -150,7 +151,7 @@ class Membership:
         return ClusterView(
             self._self_id,
             tuple(
-                NodeView(row.member, self._state(row, now), row.status, self._detail(row, now))
+                NodeView(row.member, self._state(row, now), row.status, self._detail(row, now), now - row.last_heard)
                 for row in self._rows.values()
             ),
         )

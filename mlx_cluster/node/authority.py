@@ -283,9 +283,10 @@ class ElectedAuthority:
         if before[0] == leadership.node_id:
             return f"elected again after term {before[1]}"
         node = view.node(before[0])
-        if node is None or node.state != "alive":
-            return f"elected after the loss of {name}"
-        return f"{name} stepped down or handed over ({self._strategy})"
+        if node is not None and node.status is not None and node.status.leaving:
+            return f"elected after {name}, which has left"
+        silent = f", last heard of {node.silent_seconds:.1f} s before" if node is not None else ""
+        return f"elected after {name}{silent} ({self._strategy})"
 
     def _prefer(self, view: ClusterView, document: ClusterDocument, leadership: Leadership, now: float) -> None:
         """Stand earlier or later by the strategy; hand over when another voter has been better for long enough."""
