@@ -30,6 +30,7 @@ from mlx_cluster.gateway.middleware import Exchange
 from mlx_cluster.gateway.models_routes import add_models
 from mlx_cluster.gateway.ollama_routes import add_ollama
 from mlx_cluster.gateway.openai import ChatDialect, CompletionDialect
+from mlx_cluster.gateway.openapi import describe
 from mlx_cluster.gateway.origin import OriginPolicy
 from mlx_cluster.gateway.responses_routes import add_responses
 from mlx_cluster.gateway.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
@@ -83,6 +84,7 @@ def create_app(
     add_ollama(app, gateway)
     _add_state(app, gateway, node_info, metrics)
     add_web_page(app, gateway)
+    describe(app)
     return app
 
 

@@ -72,7 +72,9 @@ class ToolUseBlock(Block):
 class ToolResultBlock(Block):
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(min_length=1, max_length=256)]
-    content: Annotated[list[TextBlock], BeforeValidator(_blocks)] = Field(default=[])
+    content: Annotated[list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])] = Field(
+        default=[]
+    )
     is_error: bool = False
     toolset_name: str | None = None
 
@@ -98,12 +100,12 @@ class RedactedThinkingBlock(Block):
 AnyBlock = Annotated[
     TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock, Field(discriminator="type")
 ]
-SystemText = Annotated[list[TextBlock], BeforeValidator(_blocks)]
+SystemText = Annotated[list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[AnyBlock], BeforeValidator(_blocks)]
+    content: Annotated[list[AnyBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[AnyBlock])]
 
     @property
     def text(self) -> str:

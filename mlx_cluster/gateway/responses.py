@@ -84,7 +84,7 @@ class Part(Body):
     prompt_cache_breakpoint: Any = None
 
 
-Parts = Annotated[list[Part], BeforeValidator(_parts)]
+Parts = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part] | None)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -137,7 +137,7 @@ class CallOutputItem(Item):
 AnyItem = Annotated[
     MessageItem | ReasoningItem | FunctionCallItem | CustomToolCallItem | CallOutputItem, Field(discriminator="type")
 ]
-Items = Annotated[list[AnyItem], BeforeValidator(_items)]
+Items = Annotated[list[AnyItem], BeforeValidator(_items, json_schema_input_type=str | list[AnyItem])]
 
 
 class StreamOptions(Body):

@@ -76,7 +76,9 @@ class Message(Body):
     """One message of a conversation. What answers carry along empty (``refusal``, ``tool_calls``) may come back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[TextPart] | None, BeforeValidator(_parts)] = None
+    content: Annotated[
+        list[TextPart] | None, BeforeValidator(_parts, json_schema_input_type=str | list[TextPart] | None)
+    ] = None
     name: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -126,7 +128,11 @@ class SamplingBody(Structured):
     top_k: Annotated[int, Field(ge=-1, le=1 << 20)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    stop: Annotated[list[StopString], BeforeValidator(_strings), Field(max_length=MAX_STOPS)] = Field(default=[])
+    stop: Annotated[
+        list[StopString],
+        BeforeValidator(_strings, json_schema_input_type=StopString | list[StopString]),
+        Field(max_length=MAX_STOPS),
+    ] = Field(default=[])
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
