@@ -155,9 +155,8 @@ def main() -> None:
             launcher.ready_line()
             tallies = asyncio.run(run(launcher.url, "demo", arguments.count, arguments.seed))
     for name, tally in tallies.items():
-        print(
-            f"{name:16} {tally.requests} requests, {tally.ended} ended ({tally.share_ended:.1%}), {len(tally.wrong)} wrong"
-        )
+        share = f"{tally.ended} ended ({tally.share_ended:.1%})"
+        print(f"{name:16} {tally.requests} requests, {share}, {len(tally.wrong)} wrong")
         for line in tally.wrong[:5]:
             print("   ", line[:600])
     record.save(arguments.json, "schemas", {name: asdict(tally) for name, tally in tallies.items()})

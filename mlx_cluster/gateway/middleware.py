@@ -97,10 +97,10 @@ class Exchange:
 
 async def _send_error(error: Exception, request_id: str, send: Send, scope: Any) -> None:
     status, body = form_of(error).status, b""
-    if messages_errors.asked(scope):
-        status, body = messages_errors.status_of(error), messages_errors.envelope(error, request_id)
-    elif ollama_dialect.asked(scope):
+    if ollama_dialect.asked(scope):  # by its paths, whatever else a client sends along
         body = ollama_dialect.error_bytes(error, request_id)
+    elif messages_errors.asked(scope):
+        status, body = messages_errors.status_of(error), messages_errors.envelope(error, request_id)
     else:
         body = error_bytes(error, request_id)
     _log.info("refused", request=request_id, status=status, code=getattr(error, "code", ClusterError.code))
