@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlx_cluster._pb import cluster_pb2
+from mlx_cluster.engine.prefix import RowCost
 from mlx_cluster.errors import CheckpointError, ClusterError, Fenced, LinkUnavailable, StageStartError
+from mlx_cluster.node.bringup import _row_cost
 from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.stages import StageHost
 from mlx_cluster.node.state import NodeState
@@ -64,6 +66,7 @@ class World:
             mlx_host="127.0.0.1",
             link_timeout_seconds=7.0,
             on_change=self.changed,
+            kv_budget=lambda granted, weights: 1_000_000 - weights - (granted or 0),
         )
 
     def changed(self) -> None:
@@ -126,6 +129,25 @@ async def test_a_start_tells_progress_and_ends_with_the_addresses(world: World) 
     assert (status.state, status.pid, status.memory_bytes, status.start, status.end) == ("loaded", 100, 77, 0, 2)
     assert (status.done_bytes, status.total_bytes) == (5, 9)
     assert world.changes > 0
+
+
+async def test_a_loaded_stage_tells_what_it_has_for_rows(world: World) -> None:
+    task = world.begin(TWO, 0, Epoch(1, 1))
+    process = await world.process(0)
+    process.load.set_result(
+        StageEvent("loaded", address="0.0.0.0:1", memory_bytes=400_000, kv_bytes_per_position=100, kv_fixed_bytes=7)
+    )
+    *_, last = await task
+    assert last.kv_budget_bytes == 600_000
+    assert _row_cost(last) == RowCost(100, 7, False, 600_000)
+
+
+async def test_a_stage_whose_rows_cost_nothing_has_no_bound(world: World) -> None:
+    task = world.begin(TWO, 0, Epoch(1, 1))
+    process = await world.process(0)
+    process.load.set_result(StageEvent("loaded", address="0.0.0.0:1"))
+    *_, last = await task
+    assert _row_cost(last).budget_bytes is None
 
 
 async def test_links_get_the_command_and_the_state(world: World) -> None:
