@@ -191,14 +191,22 @@ def layer_costs(model_dir: Path) -> LayerCosts:
     return LayerCosts(tuple(layers), embedding, head, tied, families.embedding_everywhere(config))
 
 
-def kv_bytes_per_token(config: dict[str, Any], bytes_per_value: int = 4) -> int:
-    """Key and value bytes of one position in one attention layer; an upper bound for compressed attention."""
+def kv_bytes_per_token(
+    config: dict[str, Any], bytes_per_value: int = 4, *, kv_bits: int | None = None, kv_group_size: int = 64
+) -> int:
+    """Key and value bytes of one position in one attention layer; an upper bound for compressed attention.
+
+    With ``kv_bits`` each group of values has so many bits for each and a scale and a bias of the plain size.
+    """
     inner = families.text_config(config)
     heads = inner.get("num_attention_heads") or inner.get("n_head") or inner.get("n_heads") or 1
     kv_heads = inner.get("num_key_value_heads") or heads
     width = inner.get("hidden_size") or inner.get("n_embd") or inner.get("d_model") or 0
     head_dim = inner.get("head_dim") or width // heads
-    return 2 * int(kv_heads) * int(head_dim) * bytes_per_value
+    values = 2 * int(kv_heads) * int(head_dim)
+    if kv_bits is None:
+        return values * bytes_per_value
+    return values * kv_bits // 8 + values // kv_group_size * 2 * bytes_per_value
 
 
 def resolve_local(model: str, model_dirs: Sequence[str | Path] = ()) -> Path:

@@ -49,6 +49,7 @@ class LocalModels:
         self._notes: dict[str, str] = {}
         self._entries: Mapping[str, ModelEntry] = settings.models
         self._folders = settings_of_node(settings, entry).model_dirs
+        self._runtime = settings.runtime
         self._device = settings.runtime.device
         self._dequantize = settings.runtime.dequantize
         self._found: dict[str, LocalModel] = {}
@@ -128,7 +129,9 @@ class LocalModels:
             layer_bytes=tuple(cost.stored_bytes for cost in costs.layers),
             embed_bytes=costs.embedding.stored_bytes,
             head_bytes=costs.head.stored_bytes,
-            kv_bytes_per_token=checkpoint.kv_bytes_per_token(config),
+            kv_bytes_per_token=checkpoint.kv_bytes_per_token(
+                config, kv_bits=self._runtime.kv_bits, kv_group_size=self._runtime.kv_group_size
+            ),
             max_context=min(entry.max_context, known) if entry.max_context else min(known, DEFAULT_MAX_CONTEXT),
             dense_ratio=dense,
             least_ratio=least,

@@ -157,6 +157,9 @@ def test_models_are_found_by_directory_by_name_and_in_the_hub_cache(
 def test_key_and_value_bytes_of_one_position() -> None:
     config = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
     assert checkpoint.kv_bytes_per_token(config, 2) == 2 * 2 * 8 * 2
+    wide = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 8 * 64}
+    assert checkpoint.kv_bytes_per_token(wide, kv_bits=8) == 2 * 2 * (64 + 8)
+    assert checkpoint.kv_bytes_per_token(wide, kv_bits=4, kv_group_size=32) == 2 * 2 * (32 + 16)
 
 
 def test_planning_does_not_import_mlx() -> None:
