@@ -170,7 +170,7 @@ async def test_no_admission_in_time_is_a_504(tokenizer_dir: Path, tokenizer: Tok
         assert answer.json()["error"]["code"] == "deadline_exceeded"
         assert "api_gateway.timeout" in answer.json()["error"]["message"]
         assert answer.headers["x-should-retry"] == "false"
-        assert len(engine.cancelled) == 1
+        assert len(engine.cancelled) == len(engine.requests)  # on a busy machine it may not have come so far
 
 
 async def test_no_first_token_in_time_is_an_error_in_the_stream(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
