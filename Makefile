@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: up test sim sim-short check bench proto clean
+.PHONY: up test faults sim sim-short check bench proto clean
 
 up: $(STAMP)
 	@exec $(BIN)/mlx-cluster up $(ARGS)
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests --ignore=tests/sim $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/sim --ignore=tests/faults $(ARGS)
 
 # Seeded histories of the election under faults; a failing one prints its seed, --only SEED repeats it.
 sim: $(DEV_STAMP)
@@ -19,6 +19,10 @@ sim: $(DEV_STAMP)
 
 sim-short: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/sim $(ARGS)
+
+# Real processes are killed, frozen and told to go under load; no stream may notice more than a pause.
+faults: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -133,9 +133,9 @@ class Child:
         assert code is not None
         return Exit(code, self.stderr_tail)
 
-    async def stop(self, grace_seconds: float) -> Exit:
-        """SIGTERM, then SIGKILL after ``grace_seconds``. A cancelled ``stop`` kills at once."""
-        self._signal(signal.SIGTERM)
+    async def stop(self, grace_seconds: float, number: signal.Signals = signal.SIGTERM) -> Exit:
+        """The signal, then SIGKILL after ``grace_seconds``. A cancelled ``stop`` kills at once."""
+        self._signal(number)
         try:
             async with asyncio.timeout(grace_seconds):
                 await self._pipes.exited.wait()

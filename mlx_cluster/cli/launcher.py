@@ -24,7 +24,8 @@ from mlx_cluster.config.ports import plan_ports
 from mlx_cluster.config.schema import Settings
 from mlx_cluster.errors import Unavailable
 
-STOP_SECONDS = 4.0  # from SIGTERM to SIGKILL; with reading the last words a stop stays below 5
+# From SIGINT (all nodes end together, so none drains) to SIGKILL; with reading the last words a stop stays below 5.
+STOP_SECONDS = 4.0
 POLL_SECONDS = 0.25
 FAILED_SECONDS = 6.0  # a pipeline that stays failed this long before it was ever ready will not come up
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -137,7 +138,7 @@ async def _nodes(
         yield nodes
     finally:
         # Shielded from a second cancellation by being the last thing that runs; every stop has its own deadline.
-        await asyncio.gather(*(node.child.stop(stop_seconds) for node in nodes), return_exceptions=True)
+        await asyncio.gather(*(node.child.stop(stop_seconds, signal.SIGINT) for node in nodes), return_exceptions=True)
         await asyncio.gather(*(node.ended for node in nodes), return_exceptions=True)
 
 

@@ -112,7 +112,7 @@ class Coordinator:
         version = _next_version(document, view.living)
         self._place.observe(view.living)
         plans, unplaced = self._place_missing(view, document, version)
-        plans = self._improve(plans, view, _fit(view.living, document.drained), version, now)
+        plans = self._improve(plans, view, _fit(view.living, _drained(document, view.living)), version, now)
         members = tuple(n.member for n in view.nodes)
         wanted = replace(document, plans=tuple(plans), members=members, term=leadership.term)
         torn = any(s.document == document.rank and s.document_hash != document.hash() for s in view.living)
@@ -129,9 +129,10 @@ class Coordinator:
 
         Models that are there only as a fallback come last, and only while somebody needs them.
         """
-        fit = _fit(view.living, document.drained)
+        drained = _drained(document, view.living)
+        fit = _fit(view.living, drained)
         able = [p for p in document.plans if p.model.id in self._models and self._keeps(p, view, fit)]
-        leaving = [p for p in able if any(stage.node_id in document.drained for stage in p.stages)]
+        leaving = [p for p in able if any(stage.node_id in drained for stage in p.stages)]
         going_on = [p for p in able if p not in leaving]
         chosen: dict[str, list[Plan]] = {}
         unplaced: list[tuple[str, str]] = []
@@ -227,7 +228,12 @@ def _holders(plan: Plan, fit: Iterable[NodeStatus]) -> frozenset[int]:
     return frozenset(s.node_id for s in fit if s.model(plan.model.id) is not None)
 
 
-def _fit(living: tuple[NodeStatus, ...], drained: tuple[int, ...]) -> tuple[NodeStatus, ...]:
+def _drained(document: ClusterDocument, living: Iterable[NodeStatus]) -> frozenset[int]:
+    """Nodes that the operator has drained, and those that have been told to end and wait until they are free."""
+    return frozenset(document.drained) | {s.node_id for s in living if s.draining}
+
+
+def _fit(living: tuple[NodeStatus, ...], drained: frozenset[int]) -> tuple[NodeStatus, ...]:
     """Who may get work: the living that are not drained; all of them when everybody is."""
     return tuple(s for s in living if s.node_id not in drained) or living
 

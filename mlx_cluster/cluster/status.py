@@ -134,6 +134,7 @@ class NodeStatus:
     load: float = 0.0
     leaving: bool = False
     speed_bytes_per_second: float = 0.0  # of weights read, measured at join; 0: not known
+    draining: bool = False  # it still works, but wants to leave: nothing new is placed here, and what is here moves
     recoveries: tuple[Recovery, ...] = ()  # the latest of the pipelines that this node drives
 
     def model(self, model_id: str) -> ModelFacts | None:

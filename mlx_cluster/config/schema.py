@@ -227,6 +227,8 @@ class RuntimeSection(Section):
     hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
     # Memory of each stage for the rows' keys and values: an amount, a share of what is free ("50%"), or all of it.
     kv_budget: KvBudget = "auto"
+    # Seconds that SIGTERM gives a node for its stages to move and its streams to end; SIGINT gives it none.
+    drain_timeout: Annotated[float, Field(ge=0)] = 30.0
     prefix_cache: PrefixCacheSection = PrefixCacheSection()
     kv_bits: Literal[4, 8] | None = None  # keys and values in so many bits; null keeps the model's precision
     kv_group_size: Literal[32, 64] = 64  # values that share a scale; it must divide the model's head size

@@ -49,6 +49,7 @@ from mlx_cluster.stage.spec import DiskSpec, StageSpec
 
 DOCUMENT_WAIT_SECONDS = 10.0  # a driver may know a document a moment before the others
 SHORTEST_BEAT_SECONDS = 0.05  # however much happens, decisions are this far apart
+DRAIN_POLL_SECONDS = 0.1
 STALE_HEARTBEATS = 10  # an event loop that was silent for so many intervals is frozen: its node must look dead
 
 _log = log.get(__name__)
@@ -98,7 +99,7 @@ class Agent:
         self._unplaced: tuple[tuple[str, str], ...] = ()
         self._word = OwnWord(settings, identity, self._version)
         self._word.speed_bytes_per_second = speed_bytes_per_second
-        self._leaving = False
+        self._leaving = self._draining = False
         self.stages = StageHost(
             self.state,
             self._make_spec,
@@ -159,6 +160,27 @@ class Agent:
             group.create_task(self._beat(), name="heartbeat")
             group.create_task(self._converge_always(), name="converge")
             group.create_task(self._check_machine(), name="machine")
+
+    async def drain(self) -> None:
+        """Ask for nothing new and for what is here to move; returns when this node may leave without a stream's loss.
+
+        A pipeline that has no other place stays until its sequences are done.
+        """
+        self._draining = True
+        self._wake.set()
+        self._publish(at_once=True)
+        if self._holds():
+            # A round of heartbeats: the coordinator hears of it, and we hear what runs.
+            await asyncio.sleep(self._interval)
+        while self._holds(busy=True):
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+    def _holds(self, *, busy: bool = False) -> bool:
+        """Whether the document gives this node a stage; with ``busy``, one of a pipeline that has sequences."""
+        own = self.identity.node_id
+        here = {p.pipeline for p in self.state.document.plans if any(s.node_id == own for s in p.stages)}
+        running = {p.plan.pipeline: p.running for s in self.view.living for p in s.pipelines}
+        return any(running.get(pipeline, 0) > 0 for pipeline in here) if busy else bool(here)
 
     async def stop(self, grace_seconds: float) -> None:
         """Leave in good order: the others are told first, then drivers and stage processes end.
@@ -280,6 +302,7 @@ class Agent:
             unplaced=self._unplaced,
             recoveries=self.history.recoveries,
             leaving=self._leaving,
+            draining=self._draining,
         )
 
     def _publish(self, *, at_once: bool) -> None:
@@ -464,7 +487,8 @@ def _without_transport(plan: Plan) -> Plan:
 
 def _weighs(status: NodeStatus) -> tuple[object, ...]:
     """What of a status a decision may depend on at once."""
-    return status.boot_id, status.leaving, status.founded, status.backs, status.voter, status.document, status.missing
+    changes = status.leaving, status.draining, status.founded, status.backs, status.voter
+    return status.boot_id, *changes, status.document, status.missing
 
 
 def _describe(document: ClusterDocument) -> dict[str, list[str]]:

@@ -45,7 +45,10 @@ _log = log.get(__name__)
 
 
 def run_node(loaded: Loaded, node: str) -> int:
-    """Run the agent of ``node`` until SIGTERM or SIGINT; 0 after an orderly stop. Raises ``ClusterError`` at start."""
+    """Run the agent of ``node`` until SIGTERM (it drains first) or SIGINT (at once); 0 after an orderly stop.
+
+    Raises ``ClusterError`` at start.
+    """
     # gRPC's own resolver is unreliable with .local names on macOS; read when gRPC first resolves.
     os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
     # A peer that ends is our own news to tell; gRPC's line about each closed connection is not.
@@ -59,8 +62,13 @@ def run_node(loaded: Loaded, node: str) -> int:
 async def _run(settings: Settings, identity: Identity) -> int:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    leaving = asyncio.Event()
+
+    def leave() -> None:
+        (stopping if leaving.is_set() else leaving).set()  # who says it twice does not want to wait
+
+    loop.add_signal_handler(signal.SIGTERM, leave)
+    loop.add_signal_handler(signal.SIGINT, stopping.set)
     models = LocalModels(settings, identity.entry, identity.state_dir / "models")
     _, speed = await asyncio.gather(models.refresh(), measure_speed(settings))
     agent = Agent(
@@ -81,7 +89,12 @@ async def _run(settings: Settings, identity: Identity) -> int:
     try:
         await servers.start()
         _log.info("node runs", pid=os.getpid(), gateway=identity.gateway_url, admin=identity.admin_url)
-        await _until(stopping, agent.run, servers.run, copies.run)
+
+        async def drain() -> None:
+            await leaving.wait()
+            await _drain(agent, servers, settings.runtime.drain_timeout)
+
+        await _until(stopping, agent.run, servers.run, copies.run, drain)
     finally:
         await _stop(agent, servers)
     return 0
@@ -99,6 +112,16 @@ async def _until(stopping: asyncio.Event, *parts: Callable[[], Awaitable[None]])
         for task in (stop, *tasks):
             task.cancel()
         await asyncio.gather(stop, *tasks, return_exceptions=True)
+
+
+async def _drain(agent: Agent, servers: NodeServers, seconds: float) -> None:
+    """SIGTERM: no new work, stages move to the others, streams of this gateway end; then the node leaves."""
+    _log.info("node drains", seconds=seconds)
+    try:
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(agent.drain(), servers.drain(seconds))
+    except TimeoutError:
+        _log.warning("the drain took too long: what still runs here is resumed elsewhere or cut", seconds=seconds)
 
 
 async def _stop(agent: Agent, servers: NodeServers) -> None:

@@ -73,6 +73,10 @@ class NodeServers:
             group.create_task(self._gateway.state.gateway.catalogue.warm(), name="warm tokenizers")
             group.create_task(self._hold_coordinator_port(), name="coordinator's port")
 
+    async def drain(self, seconds: float) -> None:
+        """Take no new requests here, and return when the running ones are done, or the time is over."""
+        await self._http[0].stop(seconds)
+
     async def stop(self) -> None:
         """Close all; running answers have ``HTTP_GRACE_SECONDS``."""
         closing: list[Any] = [server.stop(HTTP_GRACE_SECONDS) for server in self._http]

@@ -64,6 +64,7 @@ class OwnWord:
         unplaced: tuple[tuple[str, str], ...],
         recoveries: tuple[Recovery, ...] = (),
         leaving: bool = False,
+        draining: bool = False,
     ) -> NodeStatus:
         identity = self._identity
         self._sequence += 1
@@ -108,6 +109,7 @@ class OwnWord:
             load=self._load,
             leaving=leaving,
             speed_bytes_per_second=self.speed_bytes_per_second,
+            draining=draining,
             recoveries=recoveries,
         )
 

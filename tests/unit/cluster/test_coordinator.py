@@ -424,3 +424,22 @@ def test_a_drained_node_goes_on_while_the_others_cannot_hold_its_layers() -> Non
     document = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
     drained = replace(document, drained=(1,), version=document.version + 1)
     assert deciding.decide(view(0, told(drained, THREE)), LED, drained, now=3.0).commit is None
+
+
+def test_a_node_that_drains_gets_nothing_and_what_it_holds_moves() -> None:
+    made = coordinator()
+    document = committed(made.decide(view(0, THREE), LED, EMPTY, 1.0))
+    nodes = told(document, THREE)
+    draining = {**nodes, 1: replace(nodes[1], draining=True)}  # type: ignore[type-var]
+    moved = committed(made.decide(view(0, draining), LED, document, 2.0))
+    assert [stage.node_id for stage in moved.plans[0].stages] == [0, 2]
+    assert moved.drained == (), "that is the operator's list"
+    assert made.decide(view(0, told(moved, draining)), LED, moved, 3.0).commit is None
+
+
+def test_what_only_draining_nodes_can_hold_stays_where_it_is() -> None:
+    made = coordinator(EvenPlacer(capacity=2))
+    document = committed(made.decide(view(0, THREE), LED, EMPTY, 1.0))
+    draining = told(document, THREE)
+    draining = {**draining, 1: replace(draining[1], draining=True)}  # type: ignore[type-var]
+    assert made.decide(view(0, draining), LED, document, 2.0).commit is None

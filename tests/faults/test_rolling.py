@@ -1,0 +1,46 @@
+"""Every node is told to go and started again, one after the other, while clients keep coming: none of them notices."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from tests.faults.fleet import CELL_SECONDS, Stream, fleet, load
+
+pytestmark = pytest.mark.timeout(10 * CELL_SECONDS)
+
+
+def test_a_rolling_restart_under_load(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with fleet(tmp_path_factory.mktemp("rolling"), "0/14/14/0") as four:
+        rounds: list[list[Stream]] = []
+        failures: list[BaseException] = []
+        ending = threading.Event()
+        urls = [four.cluster.gateway(node) for node in (3, 0, 1, 2)]
+
+        def clients() -> None:
+            try:
+                while not ending.is_set():
+                    rounds.append(load(urls))
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        thread = threading.Thread(target=clients)
+        thread.start()
+        try:
+            for node in range(4):
+                four.balanced()
+                four.send(signal.SIGTERM, [four.cluster.processes[node].pid])
+                four.restore(node, signal.SIGTERM, [])
+            four.balanced()
+        finally:
+            ending.set()
+            thread.join(2 * CELL_SECONDS)
+        assert not thread.is_alive()
+        assert failures == []
+        assert rounds
+        for streams in rounds:
+            four.check(streams)
+        four.check_no_orphans()
