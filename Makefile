@@ -33,6 +33,9 @@ bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/hop.py --json .run/hop.json
 	$(BIN)/python benchmarks/fill.py --json .run/fill.json
 	$(BIN)/python benchmarks/peers.py --scenario quantized dense defaults prefill --json .run/peers.json
+	$(BIN)/python benchmarks/gateway.py --mlx-lm --json .run/gateway.json
+	$(BIN)/python benchmarks/mask.py --json .run/mask.json
+	$(BIN)/python benchmarks/schemas.py --json .run/schemas.json
 
 proto: $(DEV_STAMP)
 	$(BIN)/python proto/generate.py
