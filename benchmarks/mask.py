@@ -4,8 +4,8 @@
 
 Every step fills the mask of each row (``model.grammar``, as the sampler asks for it), draws a token that it allows and
 lets the row's grammar consume it; rows that end begin again. Printed are the milliseconds of a step for all rows, by
-the clock and of the thread's CPU time, beside 5 % of a step of 20 ms. The masks are computed while the forward pass runs, so a step waits for them only where they
-take longer than it; this is their whole cost.
+the clock and of the thread's CPU time, beside 5 % of a step of 20 ms. The masks are computed while the forward pass
+runs, so a step waits for them only where they take longer than it; this is their whole cost.
 
 The vocabulary is SYNTHETIC: bytes, printable pairs, and pieces made of random syllables, words, digits and punctuation,
 some with a space in front, as byte-level vocabularies have them. It is no real model's.
