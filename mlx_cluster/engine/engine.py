@@ -104,10 +104,12 @@ class PipelineEngine:
         self._fill = Fill(plan.num_stages, settings.max_groups)
         self._block_costs = BlockCosts(plan.num_stages, lambda: self._fill.hop_seconds)
         self._speculation = Speculation(drafts, self._block_costs) if drafts is not None else None
-        self._helper = helper  # runs beside the engine once that is ready: it brings a draft model
+        self._helper = (
+            helper if drafts is not None else None
+        )  # runs beside the engine once that is ready: it brings a draft model
         self._helping: asyncio.Task[None] | None = None
         self._draft_stream: DraftStream | None = None
-        self._draft_state = "starting" if helper is not None else "none"
+        self._draft_state = "starting" if self._helper is not None else "none"
         self._chunk_times = ChunkTimes(plan.num_stages)
         self._scheduler = Scheduler(
             Policy(
@@ -231,10 +233,13 @@ class PipelineEngine:
             self._pump()  # a step may be waiting for it
 
     async def _end_drafts(self) -> None:
+        stream = self._draft_stream
+        if stream is not None:
+            await stream.close()  # before its process ends, which would be news
         if self._helping is not None:
             self._helping.cancel()
             await asyncio.wait([self._helping])
-        if self._draft_stream is not None:
+        if self._draft_stream is not None and self._draft_stream is not stream:
             await self._draft_stream.close()
 
     async def stop(self, error: ClusterError | None = None) -> None:
