@@ -183,6 +183,7 @@ class ElectedAuthority:
         self._view: ClusterView | None = None
         self._pin: Pin | None = None
         self._backs, self._waiting_to_found = "", ""
+        self._founding: tuple[str, ...] = ()
         self._proposing = False
         self._led_before: tuple[int, int] | None = None  # (node id, term) of the last coordinator that was seen
         self._leaderless_since: float | None = self._started
@@ -233,7 +234,9 @@ class ElectedAuthority:
         founding = found(view, self.voter, now - self._started)
         self._backs, self._waiting_to_found = founding.backs, founding.waiting
         if founding.voters:
-            self._history.note("cluster_founded", voters=list(founding.voters))
+            if founding.voters != self._founding:
+                self._founding = founding.voters
+                self._history.note("cluster_founded", voters=list(founding.voters))
             self._order(Bootstrap(founding.voters, ClusterDocument(self._cluster).to_body()))
 
     def _leadership(self, view: ClusterView) -> Leadership:
