@@ -5,7 +5,10 @@
 
 For each schema two requests: ``response_format`` json_schema, and a tool with the schema as its parameters (required
 and named in turn). A finish of ``stop`` (``tool_calls`` for a tool) must parse and validate, without exception; 95 % of
-the requests must end so, the others were cut at max_tokens.
+the requests must end so, the others were cut at max_tokens. Everything in the schemas is bounded: strings and arrays by
+their lengths, numbers by ``multipleOf``. Without it a number may have any number of digits, as times have in RFC 3339
+(which also knows the second 60, a small z and the year 0, and jsonschema's checker does not): a tiny model goes on with
+them.
 """
 
 from __future__ import annotations
@@ -47,11 +50,11 @@ def _value(chance: random.Random, depth: int) -> dict[str, Any]:
         lambda: {"type": "string", "minLength": chance.randint(0, 3), "maxLength": chance.randint(3, 16)},
         lambda: {
             "type": "string",
-            "pattern": chance.choice(("^[a-z]{2,6}$", "^[A-Z][0-9]{1,3}$", "^(ab|cd)+[xyz]{1,2}$")),
+            "pattern": chance.choice(("^[a-z]{2,6}$", "^[A-Z][0-9]{1,3}$", "^(ab|cd){1,3}[xyz]{1,2}$")),
         },
-        lambda: {"type": "string", "format": chance.choice(("date", "time", "ipv4", "uuid", "date-time"))},
+        lambda: {"type": "string", "format": chance.choice(("ipv4", "uuid"))},
         lambda: {"type": "integer", "minimum": chance.randint(-50, 0), "maximum": chance.randint(1, 2000)},
-        lambda: {"type": "number", "minimum": -1.5, "maximum": chance.choice((0.25, 10, 1000.5))},
+        lambda: {"type": "number", "minimum": -1.5, "maximum": chance.choice((0.25, 10, 1000.5)), "multipleOf": 0.25},
         lambda: {"type": "boolean"},
         lambda: {"enum": chance.sample(["red", "green", "blue", 1, 2.5, None, True, "ü"], chance.randint(1, 4))},
         lambda: {"const": chance.choice(["fixed", 7, False, {"a": [1]}])},
