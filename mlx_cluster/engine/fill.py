@@ -15,6 +15,8 @@ from mlx_cluster.engine.curves import StepCurve
 _UNMEASURED_HOP_SECONDS = 0.001
 # Another number of groups must promise this much before rows move: every move of a row copies its cache.
 _WORTH_A_MOVE = 0.97
+# Of numbers that are as good as the best the lowest is taken: every microbatch costs all processes some Python.
+_AS_GOOD = 1.01
 # Decisions are looked up; after so many steps of every stage they are made anew.
 _STEPS_PER_DECISION = 24
 
@@ -62,7 +64,7 @@ class Fill:
     def num_groups(self, rows: int) -> int:
         """The number of groups with the smallest cycle for ``rows`` decoding rows (at least one).
 
-        Sticks to its last answer until another is better by 3 %.
+        Sticks to its last answer until more of them are better by 3 %, or fewer as good.
         """
         if self.pinned is not None:
             return max(1, min(self.pinned, rows))
@@ -77,11 +79,11 @@ class Fill:
         if not self.is_measured:
             return min(limit, num_stages)
         current = min(self._current, limit)
-        best, best_seconds = current, self.cycle_seconds(rows, current, optimistic=True) * _WORTH_A_MOVE
-        for groups in range(1, limit + 1):
-            seconds = self.cycle_seconds(rows, groups, optimistic=True)
-            if seconds < best_seconds:
-                best, best_seconds = groups, seconds
+        cycles = {groups: self.cycle_seconds(rows, groups, optimistic=True) for groups in range(1, limit + 1)}
+        shortest = min(cycles.values())
+        best = next(groups for groups, seconds in cycles.items() if seconds <= _AS_GOOD * shortest)
+        if best > current and shortest >= _WORTH_A_MOVE * cycles[current]:
+            best = current
         if limit == self.max_groups or best < limit:
             self._current = best
         return best
