@@ -21,6 +21,7 @@ from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.document import ClusterDocument
 from mlx_cluster.cluster.election.messages import Message
+from mlx_cluster.cluster.guarded import GuardedCalls
 from mlx_cluster.cluster.status import NodeStatus
 from mlx_cluster.errors import ClusterError, ConfigError, DeadlineExceeded, Unavailable
 from mlx_cluster.plan import Epoch, Plan
@@ -162,10 +163,14 @@ async def _ack(answer: Any) -> cluster_pb2.Ack:
 
 
 class ClusterClient:
-    """One other node's agent. The channel connects by itself and again after a loss."""
+    """One other node's agent. The channel connects by itself and again after a loss.
 
-    def __init__(self, channel: grpc.aio.Channel, cluster: str, name: str) -> None:
-        self._cluster, self._name = cluster, name
+    ``guard`` is what is known of the peer beyond this client. A document and a stop may arrive twice, so they are sent
+    again; to start or link a stage is one attempt of its epoch, which the pipeline's driver repeats under the next one.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, cluster: str, name: str, guard: GuardedCalls | None = None) -> None:
+        self._cluster, self._name, self._guard = cluster, name, guard or GuardedCalls(name)
         self._calls = {
             method: channel.unary_unary(
                 f"/{SERVICE}/{method}",
@@ -183,7 +188,7 @@ class ClusterClient:
     async def put_document(self, document: ClusterDocument) -> None:
         """Raises what the receiver's ``document.accept`` raises, or ``Unavailable``."""
         message = cluster_pb2.DocumentMessage(cluster=self._cluster, document_json=document.to_text())
-        await self._acked("PutDocument", message, CALL_SECONDS)
+        await self._acked("PutDocument", message, CALL_SECONDS, idempotent=True)
 
     async def start_stage(
         self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
@@ -192,29 +197,38 @@ class ClusterClient:
         request = cluster_pb2.StartStageRequest(
             cluster=self._cluster, plan_json=json.dumps(plan.to_json()), stage=index, epoch=str(epoch)
         )
-        call = self._start(request, timeout=timeout_seconds)
-        try:
-            async for progress in call:
-                if progress.state == "failed":
-                    raise error_from_code(progress.code, progress.message)
-                yield progress
-        except grpc.aio.AioRpcError as error:
-            raise self._typed(error) from error
-        finally:
-            call.cancel()
+        failure: cluster_pb2.StageProgress | None = None
+        with self._guard.passing():
+            call = self._start(request, timeout=timeout_seconds)
+            try:
+                async for progress in call:
+                    self._guard.heard("a stage there makes progress")
+                    if progress.state == "failed":
+                        failure = progress
+                        break
+                    yield progress
+            except grpc.aio.AioRpcError as error:
+                raise self._typed(error) from error
+            finally:
+                call.cancel()
+        if failure is not None:
+            raise error_from_code(failure.code, failure.message)
 
     async def link_stage(self, request: cluster_pb2.LinkStageRequest, timeout_seconds: float) -> None:
         await self._acked("LinkStage", request, timeout_seconds)
 
     async def stop_stage(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None:
         request = cluster_pb2.StopStageRequest(pipeline=pipeline, stage=index, epoch=str(epoch), reason=reason)
-        await self._acked("StopStage", request, STOP_SECONDS)
+        await self._acked("StopStage", request, STOP_SECONDS, idempotent=True)
 
-    async def _acked(self, method: str, request: Any, timeout_seconds: float) -> None:
-        try:
-            ack = await self._calls[method](request, timeout=timeout_seconds)
-        except grpc.aio.AioRpcError as error:
-            raise self._typed(error) from error
+    async def _acked(self, method: str, request: Any, timeout_seconds: float, *, idempotent: bool = False) -> None:
+        async def attempt(seconds: float) -> Any:
+            try:
+                return await self._calls[method](request, timeout=seconds)
+            except grpc.aio.AioRpcError as error:
+                raise self._typed(error) from error
+
+        ack = await self._guard.call(attempt, timeout_seconds, idempotent=idempotent)
         if not ack.ok:
             raise error_from_code(ack.code, ack.message)
 

@@ -112,7 +112,8 @@ class Agent:
             kv_budget=self._kv_budget,
         )
         self.drivers = Drivers(self._make_driver)
-        self.peers = Peers(settings.cluster.name, identity.peers, {m.node_id: m.name for m in identity.members})
+        names = {m.node_id: m.name for m in identity.members}
+        self.peers = Peers(settings.cluster.name, identity.peers, names, self.history.circuit)
         self._confirmed = False
         self._converge_needed = asyncio.Event()
         self._document_changed = asyncio.Condition()
@@ -337,6 +338,7 @@ class Agent:
         node = self.view.node(status.node_id)
         before = node.status if node is not None else None
         if self._membership.heard(status, now):
+            self.peers.heard(status.node_id)
             self.view = self._membership.view(now)
             if before is None or _weighs(status) != _weighs(before):
                 self._wake.set()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mlx_cluster import log
+from mlx_cluster.cluster.retry import BreakerState
 from mlx_cluster.cluster.status import Recovery
 from mlx_cluster.metrics import ClusterMetrics
 
@@ -36,6 +37,9 @@ Kind = Literal[
     "voter_retired",
     "cluster_founded",
     "recovery",
+    "circuit_open",
+    "circuit_half_open",
+    "circuit_closed",
 ]
 
 _log = log.get(__name__)
@@ -81,6 +85,15 @@ class History:
         _log.info(kind.replace("_", " "), **detail)
         self._metrics.transitions.labels(kind).inc()
         self._transitions.append(Transition(self._wall(), kind, detail))
+
+    def circuit(self, node: str, state: BreakerState, reason: str) -> None:
+        """Control calls to ``node`` are refused at once (open), tried by one (half_open), or pass (closed)."""
+        kinds: dict[BreakerState, Kind] = {
+            "open": "circuit_open",
+            "half_open": "circuit_half_open",
+            "closed": "circuit_closed",
+        }
+        self.note(kinds[state], node=node, reason=reason)
 
     def elected(self, node_id: int, name: str, term: int, seconds: float | None, reason: str) -> None:
         self.note("coordinator_elected", node=name, term=term, reason=reason)

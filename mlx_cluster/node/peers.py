@@ -1,6 +1,7 @@
 """The other nodes, as this one reaches them.
 
-Owns: one channel per address, for control and for engines alike. Does not own: who is alive.
+Owns: one channel per address, for control and for engines alike; per node, what its failures teach (``guarded``).
+Does not own: who is alive.
 Invariant: a channel that lost its peer connects again by itself; ``close`` ends all of them.
 """
 
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 import grpc
 
 from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.document import ClusterDocument
+from mlx_cluster.cluster.guarded import GuardedCalls
+from mlx_cluster.cluster.retry import BreakerState
 from mlx_cluster.cluster.rpc import ClusterClient, ClusterHandler, open_channel
 from mlx_cluster.engine.remote import RemoteEngine
 from mlx_cluster.node.responses import OtherNodes
@@ -22,14 +25,30 @@ from mlx_cluster.request import Engine
 
 
 class Peers:
-    """``addresses`` are the comms ports of the other nodes, ``names`` theirs, by node id."""
+    """``addresses`` are the comms ports of the other nodes, ``names`` theirs, by node id.
 
-    def __init__(self, cluster: str, addresses: Mapping[int, str], names: Mapping[int, str]) -> None:
+    ``on_circuit`` hears (node's name, state, why) when calls to a node are no longer tried, or again.
+    """
+
+    def __init__(
+        self,
+        cluster: str,
+        addresses: Mapping[int, str],
+        names: Mapping[int, str],
+        on_circuit: Callable[[str, BreakerState, str], None],
+    ) -> None:
         self._cluster, self._addresses, self._names = cluster, addresses, names
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._guards = {i: GuardedCalls(names[i], on_transition=on_circuit) for i in addresses}
 
     def client(self, node_id: int) -> ClusterClient:
-        return ClusterClient(self.channel(self._addresses[node_id]), self._cluster, self._names[node_id])
+        channel = self.channel(self._addresses[node_id])
+        return ClusterClient(channel, self._cluster, self._names[node_id], self._guards[node_id])
+
+    def heard(self, node_id: int) -> None:
+        """A heartbeat of this node arrived: calls to it are worth trying again."""
+        if node_id in self._guards:
+            self._guards[node_id].heard()
 
     async def put_document(self, node_id: int, document: ClusterDocument) -> None:
         await self.client(node_id).put_document(document)

@@ -196,3 +196,47 @@ async def test_a_busy_loop_still_beats_and_a_frozen_one_does_not() -> None:
                 pass
         finally:
             await asyncio.to_thread(beats.thread.stop)
+
+
+class FlakyHandler(Handler):
+    """Its server breaks the first ``num_broken`` calls."""
+
+    def __init__(self, num_broken: int) -> None:
+        super().__init__()
+        self.num_broken, self.asked = num_broken, 0
+
+
+class Breaking(grpc.aio.ServerInterceptor):
+    def __init__(self, handler: FlakyHandler) -> None:
+        self._handler = handler
+
+    async def intercept_service(self, continuation, details):  # type: ignore[no-untyped-def]
+        self._handler.asked += 1
+        if self._handler.asked > self._handler.num_broken:
+            return await continuation(details)
+
+        async def broken(_request: object, context: grpc.aio.ServicerContext) -> None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+
+        return grpc.unary_unary_rpc_method_handler(broken)
+
+
+async def test_documents_and_stops_are_sent_again_and_links_are_not() -> None:
+    handler = FlakyHandler(0)
+    server = grpc.aio.server(interceptors=(Breaking(handler),))
+    ClusterService(handler, "c", VERSION).add_to(server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with open_channel(address) as channel:
+        client = ClusterClient(channel, "c", "mini1")
+        handler.num_broken = 2
+        await client.put_document(ClusterDocument("c", 1))
+        assert (handler.asked, len(handler.documents)) == (3, 1)
+        handler.asked, handler.num_broken = 0, 1
+        await client.stop_stage("tiny", 2, Epoch(3, 4), "why")
+        assert (handler.asked, len(handler.stopped)) == (2, 1)
+        handler.asked, handler.num_broken = 0, 1
+        with pytest.raises(Unavailable, match="mini1 cannot be reached"):
+            await client.link_stage(cluster_pb2.LinkStageRequest(transport="grpc"), 10.0)
+        assert handler.asked == 1
+    await server.stop(None)
