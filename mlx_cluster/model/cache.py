@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 # The caches of one row, or of one batch: one per slot of the slice.
 Caches = list[Any]
@@ -116,6 +116,25 @@ def parts(caches: Iterable[Any]) -> Iterator[Any]:
             yield from parts(cache.caches)
         else:
             yield cache
+
+
+def grow(caches: Caches, length: int) -> None:
+    """Make room for ``length`` more positions in caches that would grow now, up to the border of a block.
+
+    mlx-lm's grow by whole blocks from wherever they stand: one that began with 224 positions would hold 480 after one
+    more. The engine counts whole blocks in all, and promises memory by that.
+    """
+    for cache in parts(caches):
+        if type(cache) not in (KVCache, BatchKVCache) or cache.keys is None:
+            continue
+        held = cache.keys.shape[2]
+        wanted = (cache.offset if type(cache) is KVCache else cache._idx) + length
+        if wanted > held:
+            room = -(-wanted // cache.step) * cache.step - held
+            cache.keys, cache.values = (
+                mx.concatenate([array, mx.zeros((*array.shape[:2], room, array.shape[3]), array.dtype)], axis=2)
+                for array in (cache.keys, cache.values)
+            )
 
 
 @dataclass(frozen=True, slots=True)

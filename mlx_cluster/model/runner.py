@@ -223,6 +223,7 @@ class SliceRunner:
             lengths = part.lengths and [len(tokens[index]) for index in at]
             states = received if len(at) == len(header.rows) else [array[mx.array(at)] for array in received]
             states = self.slice.fit_received(states, mine.shape[1])
+            row_cache.grow(part.caches, mine.shape[1])
             output = self.slice(mine, states, part.caches, head=head, lengths=lengths, hidden=hidden)
             outputs.append(output if self.slice.last else self.slice.fit_output(output, header.batch_shape[1]))
             cached += self._settle([header.rows[index] for index in at], part)

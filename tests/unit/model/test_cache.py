@@ -187,3 +187,24 @@ def test_the_cost_of_a_row_tells_what_grows_from_what_does_not() -> None:
     assert row_cache.cost([grown(KVCache(), [1, 2])]) == Cost(0, per_position)
     assert row_cache.cost([grown(RotatingKVCache(100), [1, 2])]) == Cost(100 * per_position, 0)
     assert row_cache.cost([grown(KINDS["list"](), [1, 2])]) == Cost(2 * 4, per_position)
+
+
+@pytest.mark.parametrize("begun_with", [1, 224, 256, 300])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_caches_hold_whole_blocks_from_wherever_they_began(begun_with: int, rows: int) -> None:
+    begun = []
+    for row in range(rows):
+        cache = KVCache()
+        cache.keys = cache.values = mx.full((1, 1, begun_with, 64), float(row + 1))  # as a prefix entry is
+        cache.offset = begun_with
+        begun.append([cache])
+    caches = begun[0] if rows == 1 else row_cache.merge(begun)
+    for length in (1, 100, 1, 257):
+        row_cache.grow(caches, length)
+        block = mx.full((rows, 1, length, 64), 7.0)
+        keys, _ = caches[0].update_and_fetch(block, block)
+        held, positions = caches[0].keys.shape[2], keys.shape[2]
+        assert held == -(-positions // 256) * 256
+        assert bool(mx.all(keys[:, :, -length:] == 7.0).item())
+    assert positions == begun_with + 359
+    assert [keys[row, 0, begun_with - 1, 0].item() for row in range(rows)] == [row + 1.0 for row in range(rows)]
