@@ -1,6 +1,6 @@
 """What a network does instead of dying: each control and data link loses, delays, halves and resets; no stream notices.
 
-Each node is dialled at an address of its own, where a proxy listens; its processes listen behind it. The fault holds
+Nodes are dialled at an address where proxies listen, one for each; their processes listen behind it. The fault holds
 for longer than a frozen stage is waited for, then the link is whole again.
 """
 
@@ -45,13 +45,13 @@ class ProxiedFleet(Fleet):
         threading.Timer(FAULT_SECONDS, mend).start()
 
 
-def _at_addresses_of_their_own(cluster: ClusterProcesses) -> list[TcpProxy]:
-    """Rewrite the configuration so that node i is dialled at 127.0.1.(i+2) and listens on 127.0.0.1."""
+def _behind_proxies(cluster: ClusterProcesses) -> list[TcpProxy]:
+    """Rewrite the configuration so that nodes are dialled at another address than the one they listen on."""
     path = cluster.folder / "cluster.yaml"
     tree = yaml.safe_load(path.read_text())
     proxies = []
     for node in tree["cluster"]["nodes"]:
-        node["host"] = f"127.0.1.{node['node_id'] + 2}"
+        node["host"] = "127.0.1.2"  # one for all: nodes of one host have gateway ports of their own
         tree["nodes"][node["name"]]["bind"] = "127.0.0.1"
         proxies.append(TcpProxy(node["host"], "127.0.0.1", node["ports"]))
     path.write_text(yaml.safe_dump(tree))
@@ -65,7 +65,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedFleet]:
     settings = {"runtime": {"blas": "off"}, "network": {"transport": "grpc"}}
     cluster = ClusterProcesses(folder, demo.model_dir(), num_nodes=4, split=split, settings=settings)
     with contextlib.ExitStack() as stack:
-        proxies = [stack.enter_context(proxy) for proxy in _at_addresses_of_their_own(cluster)]
+        proxies = [stack.enter_context(proxy) for proxy in _behind_proxies(cluster)]
         stack.enter_context(running(cluster))
         made = ProxiedFleet(cluster, split)
         made.proxies = proxies
