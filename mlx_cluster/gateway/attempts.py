@@ -88,7 +88,7 @@ async def attempts(
                 raise
             now = loop.time()
             lost_at = now if lost_at is None else lost_at
-            if (finished := _already_complete(request, emitted)) is not None:
+            if (finished := already_complete(request, emitted)) is not None:
                 yield finished
                 return
             ends = lost_at + patience.recovery_seconds
@@ -126,7 +126,7 @@ def _may_pass(error: ClusterError, *, admitted: bool) -> bool:
     return admitted or isinstance(error, Recovering)
 
 
-def _already_complete(request: SequenceRequest, emitted: list[int]) -> Finished | None:
+def already_complete(request: SequenceRequest, emitted: list[int]) -> Finished | None:
     """The end of a sequence whose last token came through, but not the word that it was the last."""
     count = len(request.emitted) + len(emitted)
     if emitted and emitted[-1] in request.stop_token_ids:

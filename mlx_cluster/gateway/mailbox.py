@@ -30,9 +30,13 @@ class Mailbox(Generic[T]):
     def empty(self) -> bool:
         return not self._items
 
+    @property
+    def is_full(self) -> bool:
+        return len(self._items) >= self._most
+
     async def put(self, item: T) -> None:
         """Waits while the mailbox is full."""
-        while len(self._items) >= self._most:
+        while self.is_full:
             room = asyncio.get_running_loop().create_future()
             self._writers.append(room)
             try:

@@ -10,16 +10,17 @@ streams are opened again (``attempts``), and the clocks stand still until they a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import secrets
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
 from mlx_cluster import log
 from mlx_cluster.errors import ClusterError, DeadlineExceeded, Unavailable
-from mlx_cluster.gateway.attempts import Broken, Patience, attempts
+from mlx_cluster.gateway.attempts import Broken, Patience, already_complete, attempts
 from mlx_cluster.gateway.choice import Choice, Piece
 from mlx_cluster.gateway.echo import Echoed, Echoes
 from mlx_cluster.gateway.harmony import splitter_for
@@ -35,6 +36,8 @@ _log = log.get("gateway")
 QUEUE_EVENTS = 256
 # How long closing the engine's streams may take before they are left to themselves.
 CLOSE_SECONDS = 5.0
+# A client that leaves its events unread for so long gives its rows to others until it reads on.
+PREEMPT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,17 +326,49 @@ class Session:
 
     async def _pump(self, sequence: SequenceRequest) -> None:
         """Carry one sequence's events into the session's queue. Cancelling this closes the stream."""
-        until = self._started_at + self._limits.first_token_seconds
-        patience = Patience(self._limits.recovery_seconds, until)
-        stream = attempts(sequence, self._prepared.engine_for, patience)
         put = self._queue.put
         try:
-            async for event in stream:
-                await put((sequence.choice, event))
+            while (rest := await self._carry(sequence)) is not None:
+                sequence = rest
         except ClusterError as error:
             await put((sequence.choice, error))
         except Exception as error:  # noqa: BLE001 - this task's root
             _log.exception("engine stream failed", request=sequence.request_id, choice=sequence.choice)
             await put((sequence.choice, ClusterError(repr(error))))
-        finally:
-            await stream.aclose()
+
+    async def _carry(self, sequence: SequenceRequest) -> SequenceRequest | None:
+        """Carry events until the end, or until the client has left them unread for ``PREEMPT_SECONDS``.
+
+        Then the row is given back to others, and what is still to do is returned as soon as the client reads on: it
+        goes behind the tokens received so far, as after a lost engine.
+        """
+        # Who was served already has been promised an answer.
+        until = math.inf if sequence.emitted else self._started_at + self._limits.first_token_seconds
+        stream = attempts(sequence, self._prepared.engine_for, Patience(self._limits.recovery_seconds, until))
+        emitted: list[int] = []
+        async with contextlib.aclosing(stream):
+            async for event in stream:
+                if isinstance(event, Token):
+                    emitted.append(event.token_id)
+                item = (sequence.choice, event)
+                if not self._queue.is_full:
+                    await self._queue.put(item)
+                    continue
+                late = asyncio.ensure_future(self._queue.put(item))
+                try:
+                    done, _ = await asyncio.wait({late}, timeout=PREEMPT_SECONDS)
+                    if done or isinstance(event, Finished):
+                        await late
+                        continue
+                    _log.info("slow reader preempted", request=sequence.request_id, choice=sequence.choice)
+                    await stream.aclose()
+                    await late
+                finally:
+                    late.cancel()
+                break
+            else:
+                return None
+        if (finished := already_complete(sequence, emitted)) is not None:
+            await self._queue.put((sequence.choice, finished))
+            return None
+        return replace(sequence, emitted=(*sequence.emitted, *emitted), prompt_logprobs=None)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_cluster.errors import Unavailable
+from mlx_cluster.gateway import session
 from mlx_cluster.tokenizer import Tokenizer
 from tests.fake_engine import Script, served_model
 from tests.unit.gateway.conftest import World, running
@@ -84,6 +85,29 @@ async def test_a_client_that_does_not_read_is_left(tokenizer_dir: Path, tokenize
         _, writer = await raw_request(world, {**CHAT, "stream": True, "max_tokens": endless}, read_buffer=4096)
         await engine.until(lambda: len(engine.cancelled) == 1)
         assert engine.num_emitted < endless  # what did not fit into buffers was never asked for
+        await leave(writer)
+
+
+async def test_a_slow_reader_gives_its_row_to_others_and_gets_the_rest_when_it_reads_on(
+    tokenizer_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "PREEMPT_SECONDS", SOON)
+    async with running(tokenizer_dir, tokenizer) as world:
+        world.routes.served = [served_model(tokenizer_dir, max_context=1_000_000)]
+        count = 60_000
+        engine = world.engine(Script(tokens=tokenizer.encode("a") * count))
+        reader, writer = await raw_request(world, {**CHAT, "stream": True, "max_tokens": count}, read_buffer=4096)
+        await engine.until(lambda: len(engine.cancelled) == 1)
+        async with asyncio.timeout(60):
+            letters, end = 0, b""
+            while b"[DONE]" not in end:
+                data = end + await reader.read(65_536)
+                whole, _, end = data.rpartition(b"\n")
+                letters += whole.count(b'"content": "a"') + whole.count(b'"content":"a"')
+                end = whole[-16:] + b"\n" + end if b"[DONE]" in whole else end
+        assert letters == count
+        assert len(engine.requests) >= 2
+        assert engine.requests[-1].emitted
         await leave(writer)
 
 

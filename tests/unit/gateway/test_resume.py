@@ -143,7 +143,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
 def without_ids(value: Any) -> Any:
     """An answer without what differs between any two answers."""
     if isinstance(value, dict):
-        return {k: without_ids(v) for k, v in value.items() if not k.endswith("id") and "created" not in k}
+        return {k: without_ids(v) for k, v in value.items() if not k.endswith(("id", "_at")) and "created" not in k}
     return [without_ids(each) for each in value] if isinstance(value, list) else value
 
 
