@@ -67,11 +67,13 @@ def _print(data: dict[str, Any]) -> None:
     console.print(f"cluster {view.cluster}", highlight=False)
     for line in coordinator_lines(data):
         console.print(line, highlight=False, markup=False)
-    nodes = Table("node", "id", "state", "pid", "host", "gateway", "detail")
+    nodes = Table("node", "id", "state", "pid", "host", "gateway", "round trips", "detail")
+    names = {node.node_id: node.name for node in view.nodes}
     for node in view.nodes:
         state = f"{node.state}, drained" if node.drained else node.state
+        trips = "\n".join(f"{names.get(i, i)} {seconds * 1e3:.2f} ms" for i, seconds in node.round_trips)
         nodes.add_row(
-            node.name, str(node.node_id), state, str(node.pid or ""), node.host, node.gateway_url, node.detail
+            node.name, str(node.node_id), state, str(node.pid or ""), node.host, node.gateway_url, trips, node.detail
         )
     console.print(nodes)
     pipelines = Table("model", "state", "epoch", "stages", "memory", "transport", "detail")

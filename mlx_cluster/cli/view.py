@@ -48,6 +48,7 @@ class NodeView:
     pid: int | None = None
     drained: bool = False
     detail: str = ""
+    round_trips: tuple[tuple[int, float], ...] = ()  # (node id, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class ClusterView:
                 pid=node.get("pid"),
                 drained=bool(node.get("drained")),
                 detail=node.get("detail") or "",
+                round_trips=tuple((trip["node_id"], trip["seconds"]) for trip in node.get("round_trips") or ()),
             )
             for node in data.get("nodes", ())
         )

@@ -319,25 +319,18 @@ class HeartbeatThread:
             self._thread.join(self._interval + 1.0)
 
     def _run(self) -> None:
-        channels = {i: grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for i, address in self._peers.items()}
-        calls = {
-            node_id: channel.unary_unary(
-                f"/{SERVICE}/Heartbeat",
-                request_serializer=cluster_pb2.HeartbeatRequest.SerializeToString,
-                response_deserializer=cluster_pb2.HeartbeatReply.FromString,
-            )
-            for node_id, channel in channels.items()
-        }
+        channels: dict[str, grpc.Channel] = {}
         try:
             while not self._ending.is_set():
                 self._wake.clear()
-                self._beat(calls)
+                self._beat(channels)
                 self._wake.wait(self._interval)
         finally:
             for channel in channels.values():
                 channel.close()
 
-    def _beat(self, calls: Mapping[int, Any]) -> None:
+    def _beat(self, channels: dict[str, grpc.Channel]) -> None:
+        """``channels`` by address; a node that is dialled at another address gets another one."""
         if self._latest is None or self._clock() - self._latest[0] > self._max_stale_seconds:
             return
         status = self._latest[1]
@@ -347,7 +340,14 @@ class HeartbeatThread:
             node_id=status.node_id,
             status_json=status_to_text(status),
         )
-        for node_id, call in calls.items():
+        for node_id, address in self._peers.items():
+            if address not in channels:
+                channels[address] = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            call = channels[address].unary_unary(
+                f"/{SERVICE}/Heartbeat",
+                request_serializer=cluster_pb2.HeartbeatRequest.SerializeToString,
+                response_deserializer=cluster_pb2.HeartbeatReply.FromString,
+            )
             future = call.future(request, timeout=max(2 * self._interval, 1.0))
             future.add_done_callback(lambda done, node_id=node_id: self._answered(node_id, done))
 

@@ -136,6 +136,7 @@ class NodeStatus:
     speed_bytes_per_second: float = 0.0  # of weights read, measured at join; 0: not known
     draining: bool = False  # it still works, but wants to leave: nothing new is placed here, and what is here moves
     recoveries: tuple[Recovery, ...] = ()  # the latest of the pipelines that this node drives
+    round_trips: tuple[tuple[int, float], ...] = ()  # (node, seconds) to the others, as far as they answer
 
     def model(self, model_id: str) -> ModelFacts | None:
         return next((facts for facts in self.models if facts.id == model_id), None)
@@ -186,6 +187,7 @@ class NodeStatus:
             ),
             epochs=tuple((pipeline, Epoch.parse(epoch)) for pipeline, epoch in data.pop("epochs")),
             unplaced=tuple((model, why) for model, why in data.pop("unplaced")),
+            round_trips=tuple((node_id, seconds) for node_id, seconds in data.pop("round_trips")),
             recoveries=tuple(Recovery(**recovery) for recovery in data.pop("recoveries")),
             **data,
         )

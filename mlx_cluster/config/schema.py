@@ -35,6 +35,12 @@ def _check_host_name(text: str) -> str:
     return text
 
 
+def _check_address(text: str) -> str:
+    if text == "*":
+        raise ValueError("an address to dial cannot be *: write a host name or an IP address")
+    return _check_host_name(text)
+
+
 def _check_origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+", text):
         raise ValueError(
@@ -71,6 +77,7 @@ KvBudget = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(
 Split = Annotated[str, BeforeValidator(_bare_number_as_text), AfterValidator(_check_split)]
 NodePair = Annotated[str, AfterValidator(_check_node_pair)]
 HostName = Annotated[str, AfterValidator(_check_host_name)]
+Address = Annotated[str, AfterValidator(_check_address)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
@@ -277,6 +284,8 @@ class NodeSettings(Section):
     memory_budget: MemoryAmount | None = None  # "12GB"; default: what the machine has
     standby: bool = False  # holds layers only while another node is away, or when the model fits no other way
     interfaces: tuple[str, ...] = ()
+    # Where else it can be dialled, beside cluster.nodes[].host: of equally quick ones the first is preferred.
+    addresses: Annotated[tuple[Address, ...], Field(max_length=8)] = ()
     bind: str | None = None
     state_dir: str | None = None
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_cluster import log
 from mlx_cluster._pb import cluster_pb2
+from mlx_cluster.cluster.addresses import DialledAddresses, RankedAddresses
 from mlx_cluster.cluster.coordinator import Coordinator, available_bytes, push
 from mlx_cluster.cluster.document import ClusterDocument
 from mlx_cluster.cluster.election.messages import Message
@@ -40,6 +41,7 @@ from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.peers import OwnAgent, Peers
 from mlx_cluster.node.placer import ClusterPlacer, with_transport
+from mlx_cluster.node.round_trips import RoundTripProbe
 from mlx_cluster.node.stages import StageHost, StageStarter
 from mlx_cluster.node.state import NodeState
 from mlx_cluster.node.watch import NodeWatch
@@ -82,6 +84,9 @@ class Agent:
         self._membership = Membership(
             identity.node_id, identity.members, self._version, self._interval, section.failure_threshold, self._started
         )
+        self.addresses = DialledAddresses(
+            {i: RankedAddresses(known, identity.other_addresses.get(i, ())) for i, known in identity.peers.items()}
+        )
         self.authority = authority.choose(
             identity,
             settings,
@@ -91,6 +96,7 @@ class Agent:
             on_change=self._office_changed,
             clock=clock,
             max_stale_seconds=STALE_HEARTBEATS * self._interval,
+            dial=self.addresses.instead_of,
         )
         self._leadership = Leadership(None, self.state.document.term)
         self._coordinator = Coordinator(
@@ -113,7 +119,8 @@ class Agent:
         )
         self.drivers = Drivers(self._make_driver)
         names = {m.node_id: m.name for m in identity.members}
-        self.peers = Peers(settings.cluster.name, identity.peers, names, self.history.circuit)
+        self.peers = Peers(settings.cluster.name, self.addresses, names, self.history.circuit)
+        self._round_trips = RoundTripProbe(self.addresses, names, section.health_check_interval)
         self._confirmed = False
         self._converge_needed = asyncio.Event()
         self._document_changed = asyncio.Condition()
@@ -122,7 +129,7 @@ class Agent:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heartbeats = HeartbeatThread(
-            identity.peers,
+            self.addresses,
             settings.cluster.name,
             self._version,
             self._interval,
@@ -157,6 +164,7 @@ class Agent:
         """Beat, converge and look after the machine, until cancelled."""
         self._heartbeats.start()
         self.authority.start()
+        self._round_trips.start()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beat(), name="heartbeat")
             group.create_task(self._converge_always(), name="converge")
@@ -189,6 +197,7 @@ class Agent:
         Running requests hear that the node is stopping.
         """
         self._leaving = True
+        self._round_trips.stop()
         await self.authority.stop()
         self._publish(at_once=True)
         for task in list(self._tasks):
@@ -302,6 +311,7 @@ class Agent:
             epochs=self.state.epochs,
             unplaced=self._unplaced,
             recoveries=self.history.recoveries,
+            round_trips=self.addresses.round_trips(),
             leaving=self._leaving,
             draining=self._draining,
         )
@@ -367,6 +377,9 @@ class Agent:
                 yield progress
 
     async def link_stage(self, request: cluster_pb2.LinkStageRequest) -> None:
+        plan = self.state.document.plan(request.pipeline)
+        if plan is not None and plan.num_stages == len(request.stage_addresses):
+            request.stage_addresses[:] = self._dialled(plan, request.stage_addresses)
         await self.stages.link(request)
 
     async def stop_stage(self, pipeline: str, index: int, epoch: Epoch, reason: str) -> None:
@@ -401,12 +414,21 @@ class Agent:
         self.drivers.start(mine)
         self._change()
 
+    def _dialled(self, plan: Plan, stage_addresses: Sequence[str]) -> list[str]:
+        """The stages' addresses as this node reaches them best now; the one who sends chooses the way."""
+        return [
+            self.addresses.of_port(stage.node_id, address)
+            for stage, address in zip(plan.stages, stage_addresses, strict=True)
+        ]
+
     def _make_driver(self, plan: Plan) -> PipelineDriver:
         return PipelineDriver(
             plan,
             agents=self._agent,
             next_epoch=self._next_epoch,
-            make_engine=self._make_engine,
+            make_engine=lambda plan, epoch, addresses, costs: self._make_engine(
+                plan, epoch, self._dialled(plan, addresses), costs
+            ),
             choose_transport=lambda plan, failed: with_transport(self.settings, plan, self.view.living, failed),
             dead_node=self._dead_node,
             on_change=self._change,

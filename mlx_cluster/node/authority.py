@@ -155,6 +155,7 @@ class ElectedAuthority:
         on_change: Callable[[], None],
         clock: Callable[[], float],
         max_stale_seconds: float,
+        dial: Callable[[str], str],
     ) -> None:
         self._cluster, self._section, self._history = settings.cluster.name, settings.coordinator, history
         self._on_document, self._on_change, self._clock = on_document, on_change, clock
@@ -171,7 +172,7 @@ class ElectedAuthority:
             cluster=settings.cluster.name,
             nodes=addresses,
             witnesses=(WITNESS,),
-            make_post=lambda: VotePost(addresses, settings.cluster.name, timing.timeout_min_seconds),
+            make_post=lambda: VotePost(addresses, settings.cluster.name, timing.timeout_min_seconds, dial),
             on_news=self._on_news,
             on_standing=self._on_standing,
             max_stale_seconds=max_stale_seconds,
@@ -466,8 +467,12 @@ def choose(
     on_change: Callable[[], None],
     clock: Callable[[], float],
     max_stale_seconds: float,
+    dial: Callable[[str], str],
 ) -> Authority:
-    """As ``coordinator.fixed`` says. Raises ``ConfigError`` for a node that is not there."""
+    """As ``coordinator.fixed`` says; ``dial`` turns a node's known address into the one to dial now.
+
+    Raises ``ConfigError`` for a node that is not there.
+    """
     if settings.coordinator.fixed is not None:
         fixed = find_node(settings, settings.coordinator.fixed)
         return FixedAuthority(identity.node_id, fixed.node_id, term, on_document)
@@ -479,4 +484,5 @@ def choose(
         on_change=on_change,
         clock=clock,
         max_stale_seconds=max_stale_seconds,
+        dial=dial,
     )

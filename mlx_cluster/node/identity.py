@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_cluster.cluster.membership import Member
@@ -31,6 +31,7 @@ class Identity:
     state_dir: Path
     peers: dict[int, str]  # comms addresses of the other nodes
     members: tuple[Member, ...]
+    other_addresses: dict[int, tuple[str, ...]] = field(default_factory=dict)  # further comms addresses of the peers
 
     @property
     def node_id(self) -> int:
@@ -71,6 +72,14 @@ def identify(settings: Settings, ref: str) -> Identity:
             if other.node_id != entry.node_id
         },
         members=tuple(Member(each.node_id, node_name(each), each.host) for each in settings.cluster.nodes),
+        other_addresses={
+            other.node_id: tuple(
+                f"[{host}]:{ports[other.node_id].comms}" if ":" in host else f"{host}:{ports[other.node_id].comms}"
+                for host in settings_of_node(settings, other).addresses
+            )
+            for other in settings.cluster.nodes
+            if other.node_id != entry.node_id
+        },
     )
 
 

@@ -1,6 +1,7 @@
 """The other nodes, as this one reaches them.
 
 Owns: one channel per address, for control and for engines alike; per node, what its failures teach (``guarded``).
+A channel is asked for by the address that everybody knows, and leads to the one that is dialled at present.
 Does not own: who is alive.
 Invariant: a channel that lost its peer connects again by itself; ``close`` ends all of them.
 """
@@ -14,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 import grpc
 
 from mlx_cluster._pb import cluster_pb2
+from mlx_cluster.cluster.addresses import DialledAddresses
 from mlx_cluster.cluster.document import ClusterDocument
 from mlx_cluster.cluster.guarded import GuardedCalls
 from mlx_cluster.cluster.retry import BreakerState
@@ -33,7 +35,7 @@ class Peers:
     def __init__(
         self,
         cluster: str,
-        addresses: Mapping[int, str],
+        addresses: DialledAddresses,
         names: Mapping[int, str],
         on_circuit: Callable[[str, BreakerState, str], None],
     ) -> None:
@@ -42,7 +44,7 @@ class Peers:
         self._guards = {i: GuardedCalls(names[i], on_transition=on_circuit) for i in addresses}
 
     def client(self, node_id: int) -> ClusterClient:
-        channel = self.channel(self._addresses[node_id])
+        channel = self._open(self._addresses[node_id])
         return ClusterClient(channel, self._cluster, self._names[node_id], self._guards[node_id])
 
     def heard(self, node_id: int) -> None:
@@ -65,7 +67,10 @@ class Peers:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
     def channel(self, address: str) -> grpc.aio.Channel:
-        """The one channel to this comms address."""
+        """The channel to the node of this comms address."""
+        return self._open(self._addresses.instead_of(address))
+
+    def _open(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             self._channels[address] = open_channel(address)
         return self._channels[address]

@@ -114,6 +114,9 @@ def _node(node: NodeView) -> Json:
         "detail": node.detail,
         "health": status.health if status else None,
         "load": status.load if status else None,
+        "round_trips": [
+            {"node_id": node_id, "seconds": seconds} for node_id, seconds in (status.round_trips if status else ())
+        ],
     }
 
 

@@ -63,6 +63,7 @@ class OwnWord:
         epochs: tuple[tuple[str, Epoch], ...],
         unplaced: tuple[tuple[str, str], ...],
         recoveries: tuple[Recovery, ...] = (),
+        round_trips: tuple[tuple[int, float], ...] = (),
         leaving: bool = False,
         draining: bool = False,
     ) -> NodeStatus:
@@ -111,6 +112,7 @@ class OwnWord:
             speed_bytes_per_second=self.speed_bytes_per_second,
             draining=draining,
             recoveries=recoveries,
+            round_trips=round_trips,
         )
 
 

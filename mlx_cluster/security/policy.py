@@ -24,12 +24,16 @@ def node_host(settings: Settings, entry: NodeEntry) -> str:
     """The address of a node's internal ports. Raises ``ConfigError`` when it must not be bound.
 
     ``nodes.<name>.bind`` if set; loopback while every node is on loopback; else the node's own address, or all
-    addresses where ``cluster.nodes`` gives a name.
+    addresses where ``cluster.nodes`` gives a name or ``nodes.<name>.addresses`` further addresses.
     """
     bind = settings_of_node(settings, entry).bind
+    others = set(settings_of_node(settings, entry).addresses) - {entry.host}
     if bind is not None:
         check_bind(settings, bind, f"nodes.{node_name(entry)}.bind")
         return bind
+    if others:
+        check_bind(settings, "0.0.0.0", f"nodes.{node_name(entry)}.addresses")
+        return "0.0.0.0"
     if all(is_loopback(node.host) for node in settings.cluster.nodes):
         return LOOPBACK if entry.host == "localhost" else entry.host
     host = entry.host if _is_literal(entry.host) else "0.0.0.0"

@@ -82,3 +82,9 @@ async def test_the_first_node_that_answers_is_believed() -> None:
         assert view is not None
         assert view.cluster == "c"
         assert await ask_cluster(client, ["http://dead", "http://confused"]) is None
+
+
+def test_round_trips_are_read_where_there_are_any() -> None:
+    data = answer()
+    data["nodes"][1]["round_trips"] = [{"node_id": 0, "seconds": 0.0003}]
+    assert [node.round_trips for node in ClusterView.from_json(data).nodes] == [(), ((0, 0.0003),), ()]

@@ -121,8 +121,9 @@ class Beats:
         self.statuses: asyncio.Queue[NodeStatus] = asyncio.Queue()
         self.refusals: asyncio.Queue[tuple[int, ClusterError]] = asyncio.Queue()
         self.now = 0.0
+        self.peers = {1: address}
         self.thread = HeartbeatThread(
-            {1: address},
+            self.peers,
             "c",
             version,
             interval,
@@ -194,6 +195,18 @@ async def test_a_busy_loop_still_beats_and_a_frozen_one_does_not() -> None:
             beats.now = 11.0
             while await heard_within(handler, 0.5):
                 pass
+        finally:
+            await asyncio.to_thread(beats.thread.stop)
+
+
+async def test_heartbeats_follow_the_address_that_is_dialled() -> None:
+    async with serving() as (handler, address, _):
+        beats = Beats("127.0.0.1:9")
+        beats.thread.publish(status(0, sequence=7))
+        beats.thread.start()
+        try:
+            beats.peers[1] = address
+            assert (await asyncio.wait_for(handler.heard.get(), 30)).sequence == 7
         finally:
             await asyncio.to_thread(beats.thread.stop)
 

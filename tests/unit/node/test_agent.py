@@ -33,6 +33,7 @@ class ScriptedStage:
     def __init__(self, spec: StageSpec, on_exit: Callable[[str], None]) -> None:
         self.spec, self.on_exit = spec, on_exit
         self.pid = 4000 + spec.index
+        self.commands: list[LinkCommand] = []
         self.stopped = False
 
     async def loaded(self) -> StageEvent:
@@ -40,6 +41,7 @@ class ScriptedStage:
 
     async def link(self, command: LinkCommand) -> None:
         assert command.transport == self.spec.plan.transport
+        self.commands.append(command)
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         self.stopped = True
@@ -83,7 +85,7 @@ class Node:
         )
         self.server = grpc.aio.server()
         ClusterService(self.agent, settings.cluster.name, self.agent.version).add_to(self.server)
-        self.server.add_insecure_port(self.agent.identity.comms_address)
+        self.server.add_insecure_port(f"127.0.0.1:{self.agent.identity.ports.comms}")
         self.task: asyncio.Task[None] | None = None
 
     async def start_stage(
@@ -289,3 +291,39 @@ async def test_an_agent_starts_only_what_its_document_says(tmp_path: Path, tiny_
             assert "older than" in await refused(plan, 1, Epoch(version, 0))
             assert "is not mini1's" in await refused(plan, 1, Epoch(version + 7, 1))
         assert len(two.nodes[1].stages) == 1
+
+
+async def test_everything_goes_to_the_address_that_is_dialled(tmp_path: Path, tiny_model: Path) -> None:
+    """Votes, heartbeats, documents, stages and the data between them; each sender by its own ranking."""
+    two = Cluster(tmp_path, tiny_model, 2, "3/3")
+    base = two.settings.cluster.nodes[0].ports[0]
+    # Nothing listens at the configured hosts: 127.0.0.9 stands for a cable that is cut.
+    entries = [{"host": "127.0.0.9", "name": f"mini{i}", "node_id": i, "ports": [base + 5 * i]} for i in range(2)]
+    data = two.settings.model_dump(mode="json", exclude_unset=True)
+    data["cluster"]["nodes"] = entries
+    for i in range(2):
+        data["nodes"][f"mini{i}"] |= {"bind": "127.0.0.1", "addresses": ["127.0.0.1"]}
+    data["network"] = {"transport": "grpc"}
+    two.settings = Settings.model_validate(data)
+    try:
+        for i in range(2):
+            models = LocalModels(two.settings, two.settings.cluster.nodes[i])
+            await models.refresh()
+            two.nodes[i] = node = Node(two.settings, i, models)
+            ranked = node.agent.addresses.ranked[1 - i]
+            ranked.measured(ranked.candidates[0], 0.001)
+            assert ranked.rank()
+            await node.start()
+        await two.ready(0, 1)
+        (first,), (second,) = two.nodes[0].stages, two.nodes[1].stages
+        assert first.commands[0].stage_addresses == ("127.0.0.9:5000", "127.0.0.1:5001")
+        assert second.commands[0].stage_addresses == ("127.0.0.1:5000", "127.0.0.9:5001")
+        (engine,) = two.nodes[0].engines
+        assert list(engine.addresses) == ["127.0.0.9:5000", "127.0.0.1:5001"]
+        await until(
+            "mini0 hears of mini1's round trip",
+            lambda: [i for s in two.nodes[0].agent.view.living if s.node_id == 1 for i, _ in s.round_trips] == [0],
+        )
+    finally:
+        for node in two.nodes.values():
+            await node.stop()

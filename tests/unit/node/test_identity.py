@@ -79,3 +79,11 @@ def test_an_agent_never_imports_mlx() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_further_addresses_of_the_others_are_comms_addresses() -> None:
+    more = {"mini1": {"addresses": ["169.254.7.3", "fe80::3"]}, "mini2": {"addresses": ["169.254.7.4"]}}
+    identity = identify(settings(NODES, network={"insecure": True}, nodes=more), "mini2")
+    assert identity.other_addresses == {0: ("169.254.7.3:8101", "[fe80::3]:8101")}
+    with pytest.raises(ValueError, match="cannot be"):
+        settings(NODES, nodes={"mini1": {"addresses": ["*"]}})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 from pydantic import SecretStr
 
 from mlx_cluster.cluster.document import ClusterDocument
@@ -94,3 +96,10 @@ def test_secrets_are_masked() -> None:
     shown = report.config(Secrets())
     assert shown["name"] == "open"
     assert "hush" not in str(shown)
+
+
+def test_every_node_tells_its_round_trips_to_the_others() -> None:
+    picture = report.cluster("c", view(1, nodes(READY, round_trips=((1, 0.0003),))), LED, DOCUMENT)
+    assert [node["round_trips"] for node in picture["nodes"]] == [[{"node_id": 1, "seconds": 0.0003}], []]
+    value = status(0, round_trips=((1, 0.0003), (2, 0.001)))
+    assert NodeStatus.from_json(json.loads(json.dumps(value.to_json()))) == value

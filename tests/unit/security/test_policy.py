@@ -59,3 +59,14 @@ def test_bind_of_one_node_wins_and_is_checked() -> None:
     with pytest.raises(ConfigError) as caught:
         node_host(made, find_node(made, 0))
     assert caught.value.key == "nodes.mini1.bind"
+
+
+def test_further_addresses_open_all_of_them_and_need_the_word() -> None:
+    made = settings(cluster__nodes=REAL, nodes__node_1__addresses=["169.254.7.3"], network__insecure=True)
+    assert [node_host(made, node) for node in made.cluster.nodes] == ["0.0.0.0", "0.0.0.0"]
+    made = settings(cluster__nodes=[{"host": "127.0.0.1", "node_id": 0}], nodes__node_0__addresses=["169.254.7.3"])
+    with pytest.raises(ConfigError, match=r"network\.insecure: true") as caught:
+        node_host(made, find_node(made, 0))
+    assert (caught.value.key or "").endswith(".addresses")
+    made = settings(cluster__nodes=REAL, nodes__node_1__addresses=["10.0.0.2"], network__insecure=True)
+    assert node_host(made, find_node(made, 1)) == "10.0.0.2", "its own host again is no further address"
