@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_cluster.cli.options import ConfigDir, load_config
 from mlx_cluster.errors import Unavailable
+
+if TYPE_CHECKING:
+    from mlx_cluster.cli.view import StageView
 
 
 def status(
@@ -54,6 +57,14 @@ async def _ask(urls: list[str]) -> dict[str, Any]:
     )
 
 
+def _stage_line(stage: StageView) -> str:
+    """The stage, and what its link to the next one carries now."""
+    from mlx_cluster.config.quantity import format_bytes
+
+    rate = stage.sent_bytes_per_second
+    return f"{stage} sends {format_bytes(round(rate))}/s" if rate else str(stage)
+
+
 def _print(data: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -83,7 +94,7 @@ def _print(data: dict[str, Any]) -> None:
             p.model,
             p.state,
             p.epoch,
-            "\n".join(map(str, p.stages)),
+            "\n".join(_stage_line(stage) for stage in p.stages),
             format_bytes(memory) if memory else "",
             f"{p.transport}\n{p.transport_reason}".strip(),
             p.detail,

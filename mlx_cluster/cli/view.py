@@ -21,6 +21,7 @@ class StageView:
     end: int
     pid: int | None = None
     memory_bytes: int | None = None
+    sent_bytes_per_second: float | None = None  # to the next stage
 
     def __str__(self) -> str:
         return f"{self.node}[{self.start}-{self.end})"
@@ -104,6 +105,7 @@ def _pipeline(data: dict[str, Any], names: dict[int, str]) -> PipelineView:
                 s["end"],
                 s.get("pid"),
                 s.get("memory_bytes"),
+                s.get("sent_bytes_per_second"),
             )
             for s in data.get("stages", ())
         ),

@@ -68,7 +68,8 @@ class PipelineStatus:
     """A pipeline that this node drives: it holds stage 0 and the engine. ``plan`` carries the transport in use.
 
     ``running`` counts its sequences, waiting ones too; ``step_seconds`` is what a decode step took each stage in the
-    mean, over the same steps (empty until enough were seen).
+    mean, over the same steps (empty until enough were seen). ``sent_bytes_per_second`` is what each stage's link to the
+    next one carried in the last seconds (empty until measured).
     """
 
     plan: Plan
@@ -77,6 +78,7 @@ class PipelineStatus:
     detail: str = ""
     running: int = 0
     step_seconds: tuple[float, ...] = ()
+    sent_bytes_per_second: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class NodeStatus:
                 "detail": p.detail,
                 "running": p.running,
                 "step_seconds": list(p.step_seconds),
+                "sent_bytes_per_second": list(p.sent_bytes_per_second),
             }
             for p in self.pipelines
         ]
@@ -182,6 +185,7 @@ class NodeStatus:
                     p["detail"],
                     p["running"],
                     tuple(p["step_seconds"]),
+                    tuple(p["sent_bytes_per_second"]),
                 )
                 for p in data.pop("pipelines")
             ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,7 @@ from mlx_cluster._pb import cluster_pb2
 from mlx_cluster.cluster.status import PipelineState, PipelineStatus
 from mlx_cluster.engine.prefix import RowCost
 from mlx_cluster.errors import ClusterError, LinkUnavailable, StageLost, Unavailable
+from mlx_cluster.node.traffic import Traffic
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.request import Engine
 
@@ -106,6 +108,7 @@ class PipelineDriver:
         self._engine: DrivenEngine | None = None
         self._status = PipelineStatus(plan, Epoch(plan.version, 0), "loading", "not started yet")
         self._failed_kinds: dict[str, str] = {}
+        self._traffic = Traffic()
         self._nodes_changed = asyncio.Event()
 
     @property
@@ -113,7 +116,10 @@ class PipelineDriver:
         engine = self._engine
         if engine is None:
             return self._status
-        return replace(self._status, running=engine.running, step_seconds=engine.step_seconds)
+        sent = self._traffic.rates(time.monotonic(), engine.statistics().get("sent_bytes", ()))
+        return replace(
+            self._status, running=engine.running, step_seconds=engine.step_seconds, sent_bytes_per_second=sent
+        )
 
     @property
     def engine(self) -> DrivenEngine | None:

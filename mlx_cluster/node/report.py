@@ -158,6 +158,7 @@ def driven(view: ClusterView, wanted: Plan) -> PipelineStatus | None:
 def _pipeline(view: ClusterView, wanted: Plan, status: PipelineStatus | None) -> Json:
     running = status.plan if status else wanted
     epoch = status.epoch if status else Epoch(wanted.version, 0)
+    sent = status.sent_bytes_per_second if status else ()
     stages = [_stage_of(view, running, index, epoch) for index in range(running.num_stages)]
     detail = status.detail if status else f"waiting for {view.name_of(wanted.engine_node_id)} to take it up"
     return {
@@ -176,6 +177,7 @@ def _pipeline(view: ClusterView, wanted: Plan, status: PipelineStatus | None) ->
                 "state": value.state if value else "absent",
                 "detail": value.detail if value else "",
                 "compression": value.compression if value else "off",
+                "sent_bytes_per_second": sent[index] if index < len(sent) else None,
             }
             for index, value in enumerate(stages)
         ],

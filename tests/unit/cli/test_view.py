@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 
+from mlx_cluster.cli.status import _stage_line
 from mlx_cluster.cli.view import ClusterView, ask_cluster, progress_text, ready_line
 
 
@@ -88,3 +89,15 @@ def test_round_trips_are_read_where_there_are_any() -> None:
     data = answer()
     data["nodes"][1]["round_trips"] = [{"node_id": 0, "seconds": 0.0003}]
     assert [node.round_trips for node in ClusterView.from_json(data).nodes] == [(), ((0, 0.0003),), ()]
+
+
+def test_a_stage_says_what_its_link_carries() -> None:
+    data = answer()
+    data["pipelines"][0]["stages"][0]["sent_bytes_per_second"] = 1_250_000.0
+    data["pipelines"][0]["stages"][1]["sent_bytes_per_second"] = 0.0
+    (pipeline,) = ClusterView.from_json(data).pipelines
+    assert [_stage_line(stage) for stage in pipeline.stages] == [
+        "mini1[0-10) sends 1.2 MB/s",
+        "mini2[10-19)",
+        "master[19-28)",
+    ]

@@ -103,3 +103,13 @@ def test_every_node_tells_its_round_trips_to_the_others() -> None:
     assert [node["round_trips"] for node in picture["nodes"]] == [[{"node_id": 1, "seconds": 0.0003}], []]
     value = status(0, round_trips=((1, 0.0003), (2, 0.001)))
     assert NodeStatus.from_json(json.loads(json.dumps(value.to_json()))) == value
+
+
+def test_a_pipeline_tells_what_its_links_carry() -> None:
+    told = PipelineStatus(PLAN, Epoch(3, 2), "ready", sent_bytes_per_second=(2048.0, 0.0))
+    (pipeline,) = report.pipelines(view(1, nodes(told)), DOCUMENT)
+    assert [each["sent_bytes_per_second"] for each in pipeline["stages"]] == [2048.0, 0.0]
+    (pipeline,) = report.pipelines(view(1, nodes(READY)), DOCUMENT)
+    assert [each["sent_bytes_per_second"] for each in pipeline["stages"]] == [None, None]
+    value = status(0, pipelines=(told,))
+    assert NodeStatus.from_json(json.loads(json.dumps(value.to_json()))) == value
