@@ -74,6 +74,18 @@ class InvalidRequest(ClusterError):
             self.code = code  # type: ignore[misc]  # an instance may be more exact than its class
 
 
+class IdempotencyKeyReused(InvalidRequest):
+    """An ``Idempotency-Key`` that stands for another body."""
+
+    code = "idempotency_key_reused"
+
+
+class Superseded(ClusterError):
+    """The same ``Idempotency-Key`` came again: whoever attached last has the answer."""
+
+    code = "superseded"
+
+
 class ModelNotFound(InvalidRequest):
     """No pipeline serves this model name."""
 

@@ -166,6 +166,10 @@ class ApiGatewaySection(Section):
     keepalive_seconds: Annotated[float, Field(gt=0)] = 10.0
     idle_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds without a token before a stream is given up
     recovery_timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds a running stream waits for its engine to come back
+    # Of a request with an Idempotency-Key: seconds that its generation is held for a client that comes back, 0: not at
+    # all; and the bytes that all of them may take in each pipeline's engine.
+    reattach_window: Annotated[float, Field(ge=0)] = 30.0
+    reattach_max_bytes: MemoryAmount = "64MB"
     total_timeout: Annotated[float, Field(gt=0)] = 3600.0  # seconds a whole answer may take
     slow_reader_timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds a client may leave its stream unread
     # Names in a Host header that loopback answers to, beside its own: a page elsewhere may let its name point here.

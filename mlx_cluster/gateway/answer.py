@@ -25,6 +25,7 @@ from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
 from mlx_cluster.gateway.echo import Echoed
 from mlx_cluster.gateway.errors import SlowReader, is_internal
+from mlx_cluster.gateway.idempotency import KeyBook
 from mlx_cluster.gateway.keys import Keys
 from mlx_cluster.gateway.openai import Answered, CompletionDialect, Dialect, Head, best
 from mlx_cluster.gateway.parts import Part
@@ -48,6 +49,7 @@ class Gateway:
     metrics: GatewayMetrics
     in_flight: int = field(default=0)
     keys: Keys = field(init=False)
+    key_book: KeyBook = field(default_factory=KeyBook)
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.settings)
@@ -188,6 +190,8 @@ class GenerationResponse(Response):
         try:
             async with session:
                 await session.admitted()
+                if self._ask.key is not None:
+                    self._gateway.key_book.note(self._ask.key)
                 yield session, self._make_dialect(self._head(prepared, session.usage), prepared.tokenizer)
         finally:
             self._gateway.metrics.count_key(

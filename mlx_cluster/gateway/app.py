@@ -6,7 +6,6 @@ Invariant: every answer that is not a success is an OpenAI error object, also fo
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from mlx_cluster.gateway.catalogue import Catalogue
 from mlx_cluster.gateway.client import read_json_body
 from mlx_cluster.gateway.embeddings_routes import add_embeddings
 from mlx_cluster.gateway.errors import MethodNotAllowed, RouteNotFound
+from mlx_cluster.gateway.idempotency import drawn_id
 from mlx_cluster.gateway.incoming import asked_by, has_effect, name_dropped
 from mlx_cluster.gateway.messages_routes import add_messages
 from mlx_cluster.gateway.middleware import Exchange
@@ -98,8 +98,8 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         if ask.hints and not await has_effect(ask, gateway):
             name_dropped(request, ask.hints)
         # The engine's id is ours alone: a client's x-request-id need not be unique in the cluster.
-        answer_id = f"{prefix}-{secrets.token_hex(12)}"
         ask = asked_by(request, ask, gateway)
+        answer_id = f"{prefix}-{drawn_id(ask.key, 'answer', 12)}"
         return GenerationResponse(gateway, ask, make_dialect, answer_id, request.state.request_id)
 
     @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))

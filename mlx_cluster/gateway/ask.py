@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mlx_cluster.config.schema import MAX_PRIORITY, MIN_PRIORITY
+from mlx_cluster.gateway.idempotency import Key
 from mlx_cluster.gateway.keys import NOBODY, Caller
 from mlx_cluster.request import Grammar, Sampling
 
@@ -95,6 +96,7 @@ class Ask:
     priority: int | None = None  # None: what the key's requests have
     speculate: bool | None = None  # None: as the engine sees fit
     caller: Caller = NOBODY
+    key: Key | None = None  # a client that sends it again attaches to the same generation
     splits_reasoning: bool = False  # whether the dialect can show reasoning apart from text
 
     @property

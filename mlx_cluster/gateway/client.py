@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from mlx_cluster.errors import InvalidRequest
 from mlx_cluster.gateway.errors import BodyTimeout, PayloadTooLarge, UnsupportedMediaType
+from mlx_cluster.gateway.idempotency import note_body
 
 T = TypeVar("T")
 Message = MutableMapping[str, Any]
@@ -43,11 +44,13 @@ async def read_json_body(request: Request, *, max_bytes: int, timeout_seconds: f
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(timeout_seconds):
-            return await _collect(request, max_bytes)
+            raw = await _collect(request, max_bytes)
     except TimeoutError:
         raise BodyTimeout(f"the body did not arrive within {timeout_seconds:g} s: send it again") from None
     except ClientDisconnect:
         raise ClientGone from None
+    note_body(request, raw)
+    return raw
 
 
 async def _collect(request: Request, max_bytes: int) -> bytes:

@@ -23,6 +23,7 @@ from mlx_cluster.errors import (
     QueueTimeout,
     RowFailed,
     StageLost,
+    Superseded,
     Unavailable,
 )
 
@@ -102,6 +103,8 @@ FORMS: Mapping[type[ClusterError], HttpForm] = {
     ModelNotFound: HttpForm(404, "invalid_request_error"),
     RouteNotFound: HttpForm(404, "invalid_request_error"),
     ResponseNotFound: HttpForm(404, "invalid_request_error"),
+    # Nobody waits for this one any more: trying again would only take the answer from the newer connection.
+    Superseded: HttpForm(409, "invalid_request_error", retry_is_useless=True),
     MethodNotAllowed: HttpForm(405, "invalid_request_error"),
     # The SDKs retry 408 by themselves, and a client that could not send its body once will not the second time.
     BodyTimeout: HttpForm(408, "invalid_request_error", retry_is_useless=True),

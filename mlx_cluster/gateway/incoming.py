@@ -17,6 +17,7 @@ from starlette.requests import Request
 from mlx_cluster.gateway.answer import Gateway
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.client import read_json_body
+from mlx_cluster.gateway.idempotency import key_of
 from mlx_cluster.gateway.middleware import ANSWER_HEADERS
 from mlx_cluster.gateway.prepare import binds_text, offered
 
@@ -38,8 +39,15 @@ async def read_parsed(request: Request, gateway: Gateway, parse: Callable[[bytes
 
 
 def asked_by(request: Request, ask: Ask, gateway: Gateway) -> Ask:
-    """The ask of whoever presents this request's key."""
-    return replace(ask, caller=gateway.keys.caller(request.scope["headers"]))
+    """The ask of whoever presents this request's API key, under its ``Idempotency-Key`` if it has one.
+
+    Raises ``InvalidRequest``, and ``IdempotencyKeyReused`` where that one stands for another body.
+    """
+    caller = gateway.keys.caller(request.scope["headers"])
+    key = key_of(request, caller.tenant)
+    if key is not None:
+        gateway.key_book.check(key)
+    return replace(ask, caller=caller, key=key)
 
 
 async def has_effect(ask: Ask, gateway: Gateway) -> bool:

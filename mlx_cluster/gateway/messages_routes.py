@@ -9,13 +9,13 @@ Invariant: whatever a client asked for in vain stands in ``x-mlx-cluster-ignored
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from mlx_cluster.gateway.answer import Gateway, GenerationResponse
+from mlx_cluster.gateway.idempotency import drawn_id
 from mlx_cluster.gateway.incoming import add_answer_header, asked_by, hints_in_vain, name_dropped, read_parsed
 from mlx_cluster.gateway.messages import MessagesBody, Parsed, parse_count, parse_messages
 from mlx_cluster.gateway.messages_dialect import MessagesDialect
@@ -56,11 +56,12 @@ def add_messages(app: FastAPI, gateway: Gateway) -> None:
     async def messages(request: Request) -> Response:
         parsed = await read(request, parse_messages)
         wanted = parsed.ask.max_tokens
+        ask = asked_by(request, parsed.ask, gateway)
         return GenerationResponse(
             gateway,
-            asked_by(request, parsed.ask, gateway),
+            ask,
             lambda head, _: MessagesDialect(head, wanted),
-            f"msg_{secrets.token_hex(12)}",
+            f"msg_{drawn_id(ask.key, 'answer', 12)}",
             request.state.request_id,
         )
 

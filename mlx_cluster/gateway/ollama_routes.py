@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ from mlx_cluster.gateway.body import Body
 from mlx_cluster.gateway.client import unless_gone
 from mlx_cluster.gateway.embed import Vectors, Wish, embed
 from mlx_cluster.gateway.embeddings_routes import inputs_of
+from mlx_cluster.gateway.idempotency import drawn_id
 from mlx_cluster.gateway.incoming import asked_by, hints_in_vain, name_dropped, read_parsed
 from mlx_cluster.gateway.ollama import LATEST, ChatBody, GenerateBody, Parsed, parse_chat, parse_generate
 from mlx_cluster.gateway.ollama_dialect import CONTENT_TYPE, OllamaDialect, now
@@ -66,11 +66,12 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         if ask is None:
             return _loaded(gateway.catalogue.find(name.removesuffix(LATEST)), name, chat=chat)
         name_dropped(request, [*parsed.dropped, *await hints_in_vain(ask, gateway)])
+        ask = asked_by(request, ask, gateway)
         return GenerationResponse(
             gateway,
-            asked_by(request, ask, gateway),
+            ask,
             lambda head, tokenizer: OllamaDialect(head, tokenizer, name, chat=chat, started_ns=started_ns),
-            f"ollama-{secrets.token_hex(12)}",
+            f"ollama-{drawn_id(ask.key, 'answer', 12)}",
             request.state.request_id,
             content_type=CONTENT_TYPE,
         )

@@ -63,6 +63,7 @@ _WHY = {
     "404": "no such model, response or route",
     "405": "another method",
     "408": "the body did not arrive in time",
+    "409": "the same Idempotency-Key came again, and the answer goes there",
     "413": "the body is too long",
     "415": "the body is not declared as JSON",
     "429": "too many requests; Retry-After says when to come back",

@@ -67,7 +67,8 @@ async def prepare(
     bound = await _grammar(ask, tokenizer, shape, catalogue)
     for token_id, _ in ask.sampling.logit_bias:
         _check_id(token_id, tokenizer, "logit_bias")
-    sampling = ask.sampling if ask.seed_given else replace(ask.sampling, seed=draw_seed())
+    seed = ask.sampling.seed if ask.seed_given else draw_seed() if ask.key is None else ask.key.seed()
+    sampling = replace(ask.sampling, seed=seed)
     logprobs = sampling.top_logprobs
     if ask.num_drawn > ask.num_choices and logprobs is None:
         sampling = replace(sampling, top_logprobs=0)  # the best are chosen by them
@@ -84,6 +85,7 @@ async def prepare(
         priority=priority,
         queue_seconds=ask.caller.queue_seconds,
         speculate=ask.speculate,
+        key="" if ask.key is None else str(ask.key),
         repeatable=ask.seed_given or ask.sampling.temperature == 0,
     )
     each = [replace(shared, prompt=ids, max_tokens=_max_tokens(ask, model, len(ids))) for ids in prompts]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_cluster.errors import Overloaded
@@ -65,11 +65,14 @@ def response_object(id_: str, created: int, model: str, body: ResponsesBody, sta
 class ResponsesDialect:
     """POST /v1/responses."""
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, body: ResponsesBody) -> None:
+    def __init__(
+        self, head: Head, tokenizer: Tokenizer, body: ResponsesBody, draw_id: Callable[[str], str] | None = None
+    ) -> None:
+        """``draw_id`` gives ids of items that begin with a prefix; random ones without it."""
         self.response = response_object(head.id, head.created, head.model, body, "in_progress")
         self._head = head
         self._tokenizer = tokenizer
-        self._output = Output(new_id, custom_names(body.tools))
+        self._output = Output(draw_id or new_id, custom_names(body.tools))
         self._sequence_number = 0
         self._reason = "length"
 

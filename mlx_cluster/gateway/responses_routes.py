@@ -7,7 +7,6 @@ Invariant: a response with ``store: true`` is stored before its client sees its 
 
 from __future__ import annotations
 
-import secrets
 import time
 from typing import Any
 
@@ -15,13 +14,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from mlx_cluster import log
-from mlx_cluster.errors import InvalidRequest, Unavailable
+from mlx_cluster.errors import InvalidRequest, Superseded, Unavailable
 from mlx_cluster.gateway.answer import Gateway, GenerationResponse
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.background import Background
 from mlx_cluster.gateway.errors import ResponseNotFound
+from mlx_cluster.gateway.idempotency import Key, drawn_id, numbered_ids
 from mlx_cluster.gateway.incoming import asked_by, formats_in_vain, hints_in_vain, name_dropped, read_parsed
-from mlx_cluster.gateway.openai import Head
+from mlx_cluster.gateway.openai import Dialect, Head
 from mlx_cluster.gateway.responses import Parsed, ResponsesBody, ask_after, parse_responses
 from mlx_cluster.gateway.responses_dialect import ResponsesDialect, error_object, new_id, response_object
 from mlx_cluster.gateway.shelf import Elsewhere, Shelf
@@ -34,9 +34,9 @@ _log = log.get("gateway")
 PATH = "/v1/responses"
 
 
-def response_id(node_id: int) -> str:
-    """A new id. It names its node, so that any gateway can say who keeps the response."""
-    return f"resp_{node_id}_{secrets.token_hex(24)}"
+def response_id(node_id: int, key: Key | None = None) -> str:
+    """A new id, or the key's. It names its node, so that any gateway can say who keeps the response."""
+    return f"resp_{node_id}_{drawn_id(key, 'answer', 24)}"
 
 
 class StoredAnswer(GenerationResponse):
@@ -46,9 +46,11 @@ class StoredAnswer(GenerationResponse):
         super().__init__(gateway, ask, self._dialect, turn.id, request_id)
         self._turn = turn
         self._printed: ResponsesDialect | None = None
+        self._superseded = False
 
     def _dialect(self, head: Head, tokenizer: Tokenizer) -> ResponsesDialect:
-        self._printed = ResponsesDialect(head, tokenizer, self._turn.body)
+        item_ids = numbered_ids(self._ask.key, "item", 16)
+        self._printed = ResponsesDialect(head, tokenizer, self._turn.body, lambda prefix: f"{prefix}_{item_ids()}")
         return self._printed
 
     async def _whole(self) -> bytes:
@@ -61,7 +63,13 @@ class StoredAnswer(GenerationResponse):
         await self._keep()
         return last
 
+    def _failure(self, error: Exception, dialect: Dialect) -> bytes:
+        self._superseded = isinstance(error, Superseded)
+        return super()._failure(error, dialect)
+
     async def _keep(self) -> None:
+        if self._superseded:
+            return  # the newer attachment keeps it, under the same id
         assert self._printed is not None, "an answer was printed"
         await self._turn.keep(self._printed.response)
 
@@ -147,10 +155,13 @@ def add_responses(
         name_dropped(
             request, [*parsed.dropped, *await hints_in_vain(ask, gateway), *await formats_in_vain(ask, gateway)]
         )
-        turn = Turn(response_id(node_id), parsed, store)
-        answer = StoredAnswer(gateway, asked_by(request, ask, gateway), turn, request.state.request_id)
+        ask = asked_by(request, ask, gateway)
+        turn = Turn(response_id(node_id, ask.key), parsed, store)
+        answer = StoredAnswer(gateway, ask, turn, request.state.request_id)
         if not parsed.body.background:
             return answer
+        if ask.key is not None and (begun := await store.get(turn.id)) is not None:
+            return JSONResponse(begun.body)
         model = gateway.catalogue.find(ask.model).id
         queued = turn.empty(model, "queued")
         with background.place() as place:

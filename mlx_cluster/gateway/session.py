@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
@@ -24,6 +23,7 @@ from mlx_cluster.gateway.attempts import Broken, Patience, already_complete, att
 from mlx_cluster.gateway.choice import Choice, Piece
 from mlx_cluster.gateway.echo import Echoed, Echoes
 from mlx_cluster.gateway.harmony import splitter_for
+from mlx_cluster.gateway.idempotency import Key, numbered_ids
 from mlx_cluster.gateway.mailbox import Mailbox
 from mlx_cluster.gateway.parts import Marked, Part
 from mlx_cluster.gateway.prepare import Prepared
@@ -93,8 +93,9 @@ class Usage:
     first_token_seconds: float | None = None  # since the request arrived
 
 
-def _call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+def _call_ids(key: Key | None, choice: int) -> Callable[[], str]:
+    draw = numbered_ids(key, f"call/{choice}", 12)
+    return lambda: f"call_{draw()}"
 
 
 class Session:
@@ -126,7 +127,10 @@ class Session:
             )
             for sequence in prepared.sequences
         ]
-        self._splitters = [splitter_for(prepared.shape, _call_id) for _ in prepared.sequences]
+        self._splitters = [
+            splitter_for(prepared.shape, _call_ids(prepared.ask.key, sequence.choice))
+            for sequence in prepared.sequences
+        ]
         self._echoes = Echoes([sequence.prompt for sequence in prepared.sequences] if prepared.ask.echo else ())
         self._resumed = [False] * len(prepared.sequences)
         self._completion_tokens = 0

@@ -1,5 +1,7 @@
 """An engine with what stands in front of it: kept answers, then shared runs, then the pipeline.
 
+Requests with a key, which a client may attach to again, are nobody else's: they go by the generations that are held.
+
 Owns: their order, and which of them a node has by its settings.
 Does not own: any of the parts (``engine``), when an engine comes and goes (``bringup``).
 Invariant: a pipeline's life (start, canary, loss, stop) is its own; only ``generate`` goes through what is in front.
@@ -14,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cluster.config.quantity import parse_bytes
-from mlx_cluster.config.schema import ResponseCacheSection
+from mlx_cluster.config.schema import ApiGatewaySection, ResponseCacheSection
+from mlx_cluster.engine.held import HeldEngine
 from mlx_cluster.engine.response_cache import CachingEngine, ResponseCache
 from mlx_cluster.engine.response_file import ResponseFile
 from mlx_cluster.engine.sharing import SharingEngine
@@ -27,8 +30,20 @@ from mlx_cluster.request import Engine, Event, SequenceRequest
 class ComposedEngine:
     """Implements ``bringup.DrivenEngine`` over a pipeline's own engine."""
 
-    def __init__(self, pipeline: DrivenEngine, plan: Plan, *, share: bool, cache: ResponseCache | None) -> None:
+    def __init__(
+        self,
+        pipeline: DrivenEngine,
+        plan: Plan,
+        *,
+        share: bool,
+        cache: ResponseCache | None,
+        reattach: ApiGatewaySection | None = None,
+    ) -> None:
+        """``reattach`` has the bounds of held generations; without it, or with no window, none are held."""
         self._pipeline = pipeline
+        self._held: HeldEngine | None = None
+        if reattach is not None and reattach.reattach_window > 0:
+            self._held = HeldEngine(pipeline, reattach.reattach_window, parse_bytes(reattach.reattach_max_bytes))
         self._parts: list[SharingEngine | CachingEngine] = []
         self._front: Engine = pipeline
         if share:
@@ -64,14 +79,20 @@ class ComposedEngine:
 
     async def stop(self, error: ClusterError | None = None) -> None:
         await self._pipeline.stop(error)
+        if self._held is not None:
+            self._held.close()  # after the pipeline: attachments hear what it ended with
 
     def statistics(self) -> dict[str, Any]:
         figures = self._pipeline.statistics()
         for part in self._parts:
             figures |= part.statistics()
+        if self._held is not None:
+            figures |= self._held.statistics()
         return figures
 
     def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
+        if request.key and self._held is not None:
+            return self._held.generate(request)
         return self._front.generate(request)
 
 

@@ -166,9 +166,7 @@ def engine_maker(settings: Settings, models: LocalModels, state_dir: Path) -> En
             shares={key.tenant: Share(key.weight, key.max_waiting) for key in settings.api_gateway.keys},
         )
         share = settings.scheduler.share_identical
-        if not share and cache is None:
-            return pipeline
-        return ComposedEngine(pipeline, plan, share=share, cache=cache)
+        return ComposedEngine(pipeline, plan, share=share, cache=cache, reattach=settings.api_gateway)
 
     return make
 

@@ -2,6 +2,7 @@
 
 Owns: ``RoutedEngine``, which picks a replica for every sequence and tells the router how it went.
 Does not own: the choice (``cluster.routing``), which replicas are ready (``routes``).
+A request with a key goes to the replica that its key names, whatever the load: there its generation is held.
 Invariant: a sequence is handed to another replica only before it was admitted; every one that was sent is counted out.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from time import monotonic
 
 from mlx_cluster.cluster.routing import Replica, Router
@@ -52,6 +54,9 @@ class RoutedEngine:
                 refused[chosen.replica.pipeline] = error
 
     def _choose(self, ready: Sequence[ReadyReplica], request: SequenceRequest) -> ReadyReplica:
+        if request.key:
+            # Every gateway must ask the same one first, without a word between them: rendezvous hashing.
+            return max(ready, key=lambda each: sha256(f"{request.key}/{each.replica.pipeline}".encode()).digest())
         replicas = [each.replica for each in ready]
         picked = self.router.choose(replicas, request.prompt, request.tenant, self._clock())
         return next(each for each in ready if each.replica == picked)

@@ -19,6 +19,7 @@ def test_every_error_a_client_may_meet_stands_in_the_table() -> None:
         "StageLost": 503,
         "RowFailed": 500,
         "DeadlineExceeded": 504,
+        "Superseded": 409,
     }
     assert {kind.__name__: FORMS[kind].status for kind in FORMS if kind.__module__ == "mlx_cluster.errors"} == named
 

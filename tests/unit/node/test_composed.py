@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
-from mlx_cluster.config.schema import ResponseCacheSection
+from mlx_cluster.config.schema import ApiGatewaySection, ResponseCacheSection
 from mlx_cluster.errors import ClusterError, StageLost
 from mlx_cluster.node.composed import ComposedEngine, response_cache
 from mlx_cluster.plan import ModelRef, Plan, StageAssignment
-from mlx_cluster.request import Event, Sampling, SequenceRequest
+from mlx_cluster.request import Admitted, Event, Sampling, SequenceRequest, Token
 from tests.fake_engine import Script, ScriptedEngine
 
 PLAN = Plan("m", 1, ModelRef("m", "hash", 2), (StageAssignment(0, 0, 0, 2),), "grpc")
@@ -86,3 +87,25 @@ async def test_the_life_of_the_pipeline_is_its_own() -> None:
 
 def test_no_cache_unless_it_is_asked_for(tmp_path: Path) -> None:
     assert response_cache(ResponseCacheSection(), tmp_path) is None
+
+
+async def test_a_request_with_a_key_is_held_beyond_its_stream_and_any_other_is_not() -> None:
+    pipeline = Pipeline()
+    engine = ComposedEngine(pipeline, PLAN, share=True, cache=None, reattach=ApiGatewaySection())
+    for request in (replace(GREEDY, key="name:body"), GREEDY):
+        stream = engine.generate(request)
+        assert [await anext(stream), await anext(stream)] == [Admitted(), Token(0, 5)]
+        await stream.aclose()
+    assert engine.statistics()["held"] == 1
+    await engine.stop()
+    assert engine.statistics()["held"] == 0
+
+
+async def test_with_no_window_nothing_is_held() -> None:
+    pipeline = Pipeline()
+    reattach = ApiGatewaySection(reattach_window=0)
+    engine = ComposedEngine(pipeline, PLAN, share=False, cache=None, reattach=reattach)
+    stream = engine.generate(replace(GREEDY, key="name:body"))
+    await anext(stream)
+    await stream.aclose()
+    assert pipeline.engine.cancelled == [("r", 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 
@@ -81,3 +82,18 @@ async def test_a_client_that_leaves_is_counted_out() -> None:
     assert [book["running"] for book in engine.router.snapshot(0.0).values()] == [1]
     await stream.aclose()
     assert [book["running"] for book in engine.router.snapshot(0.0).values()] == [0]
+
+
+async def test_a_key_names_its_replica_whoever_asks() -> None:
+    keys = [f"{index}:body" for index in range(20)]
+    asked: list[list[int]] = []
+    for _ in range(2):  # two gateways, each with its own round robin
+        engines = [Scripted(*GOOD) for _ in range(3)]
+        engine = routed(*engines)
+        counts = []
+        for key in keys:
+            assert [event async for event in engine.generate(replace(REQUEST, key=key))] == list(GOOD)
+            counts += [each.asked for each in engines]
+        asked.append(counts)
+        assert all(each.asked for each in engines)
+    assert asked[0] == asked[1]
