@@ -133,6 +133,39 @@ class Stream(threading.Thread):
         return "".join(choice["text"] for choice in choices)
 
 
+def test_a_client_that_comes_back_at_another_gateway_gets_the_whole_answer(cluster: ClusterProcesses) -> None:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "temperature": 1, "stream": True, "ignore_eos": True}
+
+    def events(gateway: int, most: int | None = None, **changes: Any) -> list[Any]:
+        """The objects of a stream that is left after so many."""
+        found: list[Any] = []
+        headers = {"Idempotency-Key": "come back"}
+        url = f"{cluster.gateway(gateway)}/v1/completions"
+        with httpx.stream(
+            "POST", url, json={**body, **changes}, headers=headers, timeout=60, trust_env=False
+        ) as answer:
+            if answer.status_code != 200:
+                return [json.loads(answer.read())]
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    found.append(json.loads(line.removeprefix("data: ")))
+                if most is not None and len(found) >= most:
+                    return found
+        return found
+
+    def said(found: list[Any]) -> str:
+        return "".join(event["choices"][0]["text"] for event in found)
+
+    begun = events(0, most=5)
+    whole = events(1)
+    assert {event["id"] for event in begun} == {event["id"] for event in whole}
+    assert whole[-1]["choices"][0]["finish_reason"] == "length"
+    assert said(whole).startswith(said(begun))
+    # The seed follows from the key, too: greedy or not, the answer is the same one for as long as anybody asks.
+    assert said(events(2)) == said(whole)
+    assert events(2, max_tokens=3)[0]["error"]["code"] == "idempotency_key_reused"
+
+
 @pytest.mark.parametrize("gateway", [0, 2])
 def test_a_killed_stage_process_is_a_pause_and_comes_back(cluster: ClusterProcesses, gateway: int) -> None:
     before = cluster.wait_ready()
