@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ EXPECTED = {
     "openai_chat.py": (STAGE, "The other nodes notice it within seconds.", " tokens"),
     "openai_tools.py": ("the model calls weather({'city': '",),
     "openai_structured.py": (" on [",),
+    "reconnect.py": ("The other nodes notice it within seconds.", "reconnections: 0"),
     "anthropic_messages.py": (STAGE, "The other nodes notice it within seconds.", "the model calls weather({'city': '"),
     "langchain_chat.py": (STAGE, "sure=", "where=["),
     "curl.sh": ('"id": "demo"', STAGE, "data: [DONE]", '"type": "message"', '"count": '),
@@ -42,6 +47,43 @@ def test_the_example_prints_what_it_promises(name: str, url: str) -> None:
     for text in EXPECTED[name]:
         assert text.replace(" ", "") in done.stdout.replace(" ", ""), done.stdout
     assert "arning" not in done.stderr
+
+
+@pytest.fixture
+def cutting(url: str) -> Iterator[str]:
+    """The address of a way to the gateway that breaks off inside of each answer."""
+    host, _, port = url.removeprefix("http://").partition(":")
+
+    class Cut(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection((host, int(port)), timeout=60) as gateway:
+                asked = b""
+                while not asked.endswith(b"}") and (data := self.request.recv(1 << 16)):
+                    asked += data  # headers and body may come apart
+                gateway.sendall(asked)
+                passed = 0
+                while passed < 2500 and (data := gateway.recv(500)):
+                    self.request.sendall(data)
+                    passed += len(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Cut) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join(20)
+
+
+def test_a_broken_stream_goes_on_at_the_next_address(url: str, cutting: str) -> None:
+    def shown(addresses: str) -> list[str]:
+        command = [sys.executable, str(FOLDER / "reconnect.py"), addresses]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.rsplit("\n", 2)
+
+    text, count, _ = shown(url)
+    assert count == "reconnections: 0"
+    assert shown(f"{cutting},{url}") == [text, "reconnections: 1", ""]
 
 
 def test_the_address_may_be_an_argument(url: str) -> None:
