@@ -64,6 +64,12 @@ def three(tmp_path: Path, model_dir: Path) -> Iterator[ClusterProcesses]:
         yield cluster
 
 
+def unmoved(pipeline: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline without what it is doing at the moment."""
+    stages = [{**stage, "sent_bytes_per_second": None} for stage in pipeline["stages"]]
+    return {**pipeline, "stages": stages, "detail": ""}
+
+
 def test_a_coordinator_without_a_stage_may_freeze_or_die_and_nobody_notices(three: ClusterProcesses) -> None:
     before = three.wait_ready(1)
     assert [s["node_id"] for s in before["stages"]] == [1, 2]
@@ -84,7 +90,7 @@ def test_a_coordinator_without_a_stage_may_freeze_or_die_and_nobody_notices(thre
     picture = three.admin(node=0)
     assert picture is not None
     assert picture["coordinator"]["term"] > first_term
-    assert three.wait_ready(1) | {"detail": ""} == before | {"detail": ""}, "no new epoch, the same processes"
+    assert unmoved(three.wait_ready(1)) == unmoved(before), "no new epoch, the same processes"
 
     have_lead(three, 0)
     three.kill(0)
