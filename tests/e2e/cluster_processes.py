@@ -83,7 +83,7 @@ class ClusterProcesses:
     def __post_init__(self) -> None:
         self.first_port = free_block(6 * self.num_nodes + 1 + 20 + 1)
         nodes = [
-            {"host": "127.0.0.1", "name": f"mini{i + 1}", "node_id": i, "ports": [self._base(i) + k for k in range(5)]}
+            {"host": "127.0.0.1", "name": self.name(i), "node_id": i, "ports": [self._base(i) + k for k in range(5)]}
             for i in range(self.num_nodes)
         ]
         low = self.first_port + 6 * self.num_nodes + 1  # and one port more behind these 20, for a witness
@@ -95,7 +95,7 @@ class ClusterProcesses:
             "coordinator": {"port": self.first_port + 6 * self.num_nodes},
             "api_gateway": {"port": self.first_port + 5 * self.num_nodes},
             "network": {"mlx_port_range": [low, low + 19]},
-            "nodes": {f"mini{i + 1}": {"state_dir": str(self.folder / f"state{i}")} for i in range(self.num_nodes)},
+            "nodes": {self.name(i): {"state_dir": str(self.folder / f"state{i}")} for i in range(self.num_nodes)},
             "models": {"tiny": model},
         }
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(tree))
@@ -108,6 +108,9 @@ class ClusterProcesses:
         for section, values in settings.items():
             tree[section] = {**tree.get(section, {}), **values}
         path.write_text(yaml.safe_dump(tree))
+
+    def name(self, node: int) -> str:
+        return f"mini{node + 1}"
 
     def _base(self, node: int) -> int:
         return self.first_port + 5 * node

@@ -11,8 +11,9 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,9 @@ TOKENS = 96
 SIGNAL_AFTER = 8
 # The watchdog of a cell, the only duration that is asserted; a machine that does other work besides needs more.
 CELL_SECONDS = float(os.environ.get("FAULTS_WATCHDOG_SECONDS", "60"))
-GATEWAY, SPARE_GATEWAY = 3, 0
+# A gateway that says nothing for so long is given up by its clients; it sends a keep-alive every second.
+SILENCE_SECONDS = 12.0
+STANDBY, GATEWAY = 0, 3
 QUESTIONS = (
     "Write a short poem about the sea.",
     "def fibonacci(n):",
@@ -82,11 +85,11 @@ async def _read(stream: Stream, urls: list[str], progress: Callable[[], None]) -
 
 async def _read_from(stream: Stream, url: str, progress: Callable[[], None]) -> None:
     async with (
-        httpx.AsyncClient(timeout=httpx.Timeout(CELL_SECONDS, read=5.0 + CELL_SECONDS), trust_env=False) as client,
+        httpx.AsyncClient(timeout=CELL_SECONDS, trust_env=False) as client,
         client.stream("POST", f"{url}/v1/completions", json=stream.body) as answer,
     ):
         assert answer.status_code == 200, (await answer.aread()).decode()
-        async for line in answer.aiter_lines():
+        async for line in _lines(answer):
             if not line.startswith("data: "):
                 continue
             data = line.removeprefix("data: ")
@@ -104,6 +107,20 @@ async def _read_from(stream: Stream, url: str, progress: Callable[[], None]) -> 
                 if choice["finish_reason"]:
                     stream.ends.append(choice["finish_reason"])
             progress()
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """The lines of an answer that has begun. Raises ``httpx.ReadTimeout`` when nothing at all comes."""
+    lines = answer.aiter_lines()
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                line = await anext(lines)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise httpx.ReadTimeout(f"nothing came for {SILENCE_SECONDS:g} s") from None
+        yield line
 
 
 async def _load(urls: list[str], strike: Callable[[], None] | None) -> list[Stream]:
@@ -141,12 +158,23 @@ class Fleet:
         """(node, layers) of each stage."""
         return [(node, int(count)) for node, count in enumerate(self.split.split("/")) if int(count)]
 
-    def urls(self) -> list[str]:
-        return [self.cluster.gateway(GATEWAY), self.cluster.gateway(SPARE_GATEWAY)]
+    def urls(self, first: int = GATEWAY) -> list[str]:
+        """The gateways that clients try, in this order."""
+        return [self.cluster.gateway(first), self.cluster.gateway(STANDBY)]
 
-    def coordinator(self) -> int:
-        picture = within("a coordinator", lambda: self.cluster.admin(node=GATEWAY))
-        return int(picture["coordinator"]["node_id"])
+    def lead(self, node: int) -> None:
+        """Have this node coordinate, and wait until every node says so and the books balance."""
+        self.balanced()
+        admin = f"http://127.0.0.1:{self.cluster.first_port + 5 * STANDBY + 4}/coordinator"
+        answer = httpx.post(admin, json={"node": self.cluster.name(node)}, timeout=CELL_SECONDS, trust_env=False)
+        assert answer.status_code == 200, answer.text
+
+        def probe() -> bool:
+            pictures = [self.cluster.admin(node=each) for each in range(self.cluster.num_nodes)]
+            return all(picture and picture["coordinator"]["node_id"] == node for picture in pictures)
+
+        within(f"node {node} coordinates", probe, CELL_SECONDS)
+        self.balanced()
 
     def stages(self) -> list[dict[str, Any]]:
         return list(self.balanced()["stages"])
@@ -190,14 +218,46 @@ class Fleet:
             assert stream.tokens == reference, f"stream {index} differs from the quiet run"
             assert (stream.ends, stream.num_done) == (["length"], 1), f"stream {index}"
 
-    def restore(self, node: int, number: signal.Signals, pids: list[int]) -> None:
-        """Bring a struck node back."""
+    def strike(self, node: int, number: signal.Signals, pids: list[int], first: int = GATEWAY) -> list[Stream]:
+        """What the streams saw of a signal to processes of this node, which is brought back afterwards."""
+        try:
+            streams = load(self.urls(first), lambda: self.send(number, pids))
+            if number is signal.SIGSTOP:
+                within(f"the others go on without node {node}", lambda: self._goes_on_without(node), CELL_SECONDS)
+        finally:
+            self._restore(node, number, pids)
+        return streams
+
+    def _goes_on_without(self, node: int) -> bool:
+        """Whether the others know that this node is gone, and it neither coordinates nor holds a stage."""
+        picture = self.cluster.admin(node=STANDBY if node != STANDBY else GATEWAY)
+        if picture is None or not picture["pipelines"]:
+            return False
+        alive_nodes = {each["node_id"] for each in picture["nodes"] if each["state"] == "alive"}
+        holders = {stage["node_id"] for pipeline in picture["pipelines"] for stage in pipeline["stages"]}
+        return node not in {*alive_nodes, *holders, picture["coordinator"]["node_id"]}
+
+    def _restore(self, node: int, number: signal.Signals, pids: list[int]) -> None:
         if number is signal.SIGSTOP:
             self.send(signal.SIGCONT, [pid for pid in pids if alive(pid)])
             return
+        self._start_again(node)
+
+    def restart(self, node: int) -> None:
+        """Tell a node to go, and start it again when it has gone."""
+        self.send(signal.SIGTERM, [self.cluster.processes[node].pid])
+        self._start_again(node)
+
+    def _start_again(self, node: int) -> None:
         process = self.cluster.processes.pop(node)
-        process.wait(CELL_SECONDS)
-        self.cluster.start(node)
+        try:
+            process.wait(CELL_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(CELL_SECONDS)
+            raise
+        finally:
+            self.cluster.start(node)
 
 
 @contextmanager
@@ -205,7 +265,7 @@ def fleet(folder: Path, split: str, transport: str = "grpc") -> Iterator[Fleet]:
     """A cluster of as many nodes as the split names, its reference taken from a run in which nothing happens."""
     settings: dict[str, Any] = {
         "runtime": {"blas": "off"},
-        "api_gateway": {"recovery_timeout": CELL_SECONDS},
+        "api_gateway": {"recovery_timeout": CELL_SECONDS, "keepalive_seconds": 1.0},
         "network": {"transport": transport},
         "log": {"level": "info"},
     }

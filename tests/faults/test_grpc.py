@@ -7,52 +7,67 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.fleet import CELL_SECONDS, GATEWAY, Fleet, fleet, load
+from tests.faults.fleet import CELL_SECONDS, GATEWAY, STANDBY, Fleet, fleet, load
 
-pytestmark = pytest.mark.timeout(4 * CELL_SECONDS)
+pytestmark = pytest.mark.timeout(6 * CELL_SECONDS)
 SIGNALS = [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM]
 ENGINE, STAGE = 1, 2
+ROLES = {"stage": STAGE, "engine": ENGINE, "coordinator": STANDBY, "gateway": GATEWAY}
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Nodes 1 and 2 hold the stages, 1 the engine; 3 is the clients' gateway, 0 stands by."""
     with fleet(tmp_path_factory.mktemp("fleet"), "0/14/14/0") as made:
         yield made
+
+
+@pytest.fixture
+def four(cluster: Fleet) -> Fleet:
+    """The same with every role on a node of its own: the one that stands by coordinates."""
+    cluster.lead(STANDBY)
+    return cluster
+
+
+def node_pids(four: Fleet, node: int, number: signal.Signals) -> list[int]:
+    """What the signal goes to: SIGTERM to the agent alone, for its stage processes are its own to end."""
+    agent = four.cluster.processes[node].pid
+    return [agent] if number is signal.SIGTERM else [agent, *four.stage_pids(node)]
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_stage_process(four: Fleet, number: signal.Signals, index: int) -> None:
     pid = int(four.stages()[index]["pid"])
-    four.check(load(four.urls(), lambda: four.send(number, [pid])))
+    streams = load(four.urls(), lambda: four.send(number, [pid]))
+    four.check(streams)
+    assert all(stream.reconnects == 0 for stream in streams)
     four.check_no_orphans()
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
-@pytest.mark.parametrize("role", ["stage", "engine", "coordinator", "gateway"])
+@pytest.mark.parametrize("role", ROLES)
 def test_a_whole_node(four: Fleet, number: signal.Signals, role: str) -> None:
-    nodes = {"stage": STAGE, "engine": ENGINE, "gateway": GATEWAY}
-    node = nodes[role] if role in nodes else four.coordinator()
-    stages = four.stage_pids(node)
-    agent = four.cluster.processes[node].pid
-    # SIGTERM goes to the agent alone: its stage processes are its own to end.
-    pids = [agent] if number is signal.SIGTERM else [agent, *stages]
-    streams = load(four.urls(), lambda: four.send(number, pids))
-    four.restore(node, number, pids)
+    node = ROLES[role]
+    streams = four.strike(node, number, node_pids(four, node, number))
     four.check(streams)
     assert all(stream.reconnects == 0 for stream in streams) or role == "gateway"
     four.check_no_orphans()
 
 
-@pytest.mark.parametrize("node", [ENGINE, STAGE])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
+def test_a_node_that_is_coordinator_engine_and_gateway(cluster: Fleet, number: signal.Signals) -> None:
+    cluster.lead(ENGINE)
+    streams = cluster.strike(ENGINE, number, node_pids(cluster, ENGINE, number), first=ENGINE)
+    cluster.check(streams)
+    cluster.check_no_orphans()
+
+
+@pytest.mark.parametrize("node", [ENGINE, STAGE], ids=["engine", "stage"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
 def test_an_agent_alone(four: Fleet, number: signal.Signals, node: int) -> None:
     """Its stage process ends by itself; one that is stopped goes on only after the others have planned without it."""
-    four.balanced()
-    agent = four.cluster.processes[node].pid
-    streams = load(four.urls(), lambda: four.send(number, [agent]))
-    four.restore(node, number, [agent])
+    streams = four.strike(node, number, [four.cluster.processes[node].pid])
     four.check(streams)
     assert all(stream.reconnects == 0 for stream in streams)
     four.check_no_orphans()

@@ -24,9 +24,9 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 def test_the_second_stage(ring: Fleet, number: signal.Signals, whole: bool) -> None:
     pids = ring.stage_pids(2)
     if whole:
-        pids = [ring.cluster.processes[2].pid, *pids]
-    streams = load(ring.urls(), lambda: ring.send(number, pids))
-    if whole:
-        ring.restore(2, number, pids)
+        streams = ring.strike(2, number, [ring.cluster.processes[2].pid, *pids])
+    else:
+        streams = load(ring.urls(), lambda: ring.send(number, pids))
     ring.check(streams)
+    assert all(stream.reconnects == 0 for stream in streams)
     ring.check_no_orphans()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 
 import pytest
@@ -32,8 +31,7 @@ def test_a_rolling_restart_under_load(tmp_path_factory: pytest.TempPathFactory) 
         try:
             for node in range(4):
                 four.balanced()
-                four.send(signal.SIGTERM, [four.cluster.processes[node].pid])
-                four.restore(node, signal.SIGTERM, [])
+                four.restart(node)
             four.balanced()
         finally:
             ending.set()
