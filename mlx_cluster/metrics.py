@@ -108,6 +108,7 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "groups": ("groups", "Groups that decode, each as one batch"),
     "in_flight": ("microbatches_in_flight", "Microbatches in the pipeline"),
     "preemptions": ("preemptions_total", "Rows that gave up their memory and were computed again later"),
+    "prefilled_tokens": ("prefilled_tokens_total", "Positions of prompts computed, and of what was resumed"),
     "kv_bytes": ("kv_bytes", "What the rows' keys and values take on the stage that is fullest"),
     "kv_budget_bytes": ("kv_budget_bytes", "What that stage has for them; 0 is no bound"),
     "tokens": ("tokens_total", "Tokens drawn"),

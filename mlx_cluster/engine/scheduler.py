@@ -65,7 +65,7 @@ class Scheduler:
         self._next_row = 0
         self._next_microbatch = 0
         self._company_until: float | None = None  # until when a lone prompt is held back
-        self._num_preemptions = 0
+        self._num_preemptions = self._num_prefilled = 0
         self._granted = 0  # credits when the last microbatch left; groups that end later shrink ``credits``
 
     # -- from the engine --------------------------------------------------------------------------
@@ -252,6 +252,7 @@ class Scheduler:
             "rows": len(self._rows),
             "in_flight": len(self._in_flight),
             "preemptions": self._num_preemptions,
+            "prefilled_tokens": self._num_prefilled,
             **self._memory.statistics(),
             **self._book.statistics(),
             **(self._speculation.statistics() if self._speculation is not None else {}),
@@ -367,6 +368,7 @@ class Scheduler:
 
     def _chunk(self, now: float) -> Microbatch:
         chunk = self._prefill.next_chunk(now)
+        self._num_prefilled += len(chunk.tokens)
         microbatch = self._dispatch(
             Kind.PREFILL,
             sequences=chunk.sequences,

@@ -41,6 +41,7 @@ from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.peers import OwnAgent, Peers
 from mlx_cluster.node.placer import ClusterPlacer, with_transport
+from mlx_cluster.node.recoveries import PipelineWatch
 from mlx_cluster.node.round_trips import RoundTripProbe
 from mlx_cluster.node.stages import StageHost, StageStarter
 from mlx_cluster.node.state import NodeState
@@ -126,6 +127,7 @@ class Agent:
         self._document_changed = asyncio.Condition()
         self._change_pending = False
         self._watch = NodeWatch(self.history, self.metrics.cluster)
+        self._pipeline_watch = PipelineWatch(self.history)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heartbeats = HeartbeatThread(
@@ -228,6 +230,7 @@ class Agent:
         self.view = self._membership.tick(now)
         if self._watch.look(self.view):
             self.drivers.nodes_changed()
+        self._look_at_pipelines()
         self._leadership = self.authority.observe(self.view, self.state.document)
         self.metrics.cluster.term.set(self._leadership.term)
         self.metrics.cluster.leads.set(self.leads)
@@ -247,6 +250,9 @@ class Agent:
         told = tuple(n for n in decision.push if self.leads and self._must_be_told(n))
         if told:
             self._spawn(push(self.state.document, told, self.peers.put_document), "push document")
+
+    def _look_at_pipelines(self) -> None:
+        self._pipeline_watch.look(self.view, self.drivers.statuses(), self._clock())
 
     def _must_be_told(self, node_id: int) -> bool:
         node = self.view.node(node_id)
@@ -350,6 +356,8 @@ class Agent:
         if self._membership.heard(status, now):
             self.peers.heard(status.node_id)
             self.view = self._membership.view(now)
+            if before is None or _serves(status) != _serves(before):
+                self._look_at_pipelines()
             if before is None or _weighs(status) != _weighs(before):
                 self._wake.set()
         return self.status
@@ -410,6 +418,7 @@ class Agent:
         """First end what the document no longer names, then drive what it gives to this node."""
         mine = [plan for plan in document.plans if plan.engine_node_id == self.identity.node_id]
         await self.drivers.end_all_but(mine)
+        self._look_at_pipelines()
         await self.stages.keep_only(document.plans)
         self.drivers.start(mine)
         self._change()
@@ -431,9 +440,14 @@ class Agent:
             ),
             choose_transport=lambda plan, failed: with_transport(self.settings, plan, self.view.living, failed),
             dead_node=self._dead_node,
-            on_change=self._change,
+            on_change=self._pipeline_changed,
             timing=self._timing,
         )
+
+    def _pipeline_changed(self) -> None:
+        """A driver has told: look now, for at the next beat the pipeline may be ready again."""
+        self._look_at_pipelines()
+        self._change()
 
     def _next_epoch(self, plan: Plan) -> Epoch:
         """Persisted before it is used, and above whatever a living node has seen of this plan."""
@@ -513,6 +527,11 @@ def _weighs(status: NodeStatus) -> tuple[object, ...]:
     """What of a status a decision may depend on at once."""
     changes = status.leaving, status.draining, status.founded, status.backs, status.voter
     return status.boot_id, *changes, status.document, status.missing
+
+
+def _serves(status: NodeStatus) -> tuple[object, ...]:
+    """What of a status says which pipelines serve, and since which epoch."""
+    return status.boot_id, *((p.plan.pipeline, p.epoch, p.state) for p in status.pipelines)
 
 
 def _describe(document: ClusterDocument) -> dict[str, list[str]]:

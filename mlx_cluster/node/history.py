@@ -36,6 +36,8 @@ Kind = Literal[
     "voters_changed",
     "voter_retired",
     "cluster_founded",
+    "pipeline_lost",
+    "pipeline_back",
     "recovery",
     "circuit_open",
     "circuit_half_open",
@@ -100,7 +102,7 @@ class History:
         self._elections.append(Election(node_id, term, self._wall(), seconds, reason))
 
     def recovered(self, pipeline: str, epoch: str, cause: str, seconds: float) -> None:
-        """A pipeline that was lost ``seconds`` ago serves again; for the driver to tell."""
+        """A pipeline that was lost ``seconds`` ago serves again; one node tells it (see ``recoveries``)."""
         self.note("recovery", pipeline=pipeline, epoch=epoch, cause=cause, seconds=round(seconds, 3))
         self._metrics.recovery_seconds.observe(seconds)
         self._recoveries.append(Recovery(pipeline, epoch, cause, round(seconds, 3), self._wall()))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ def test_a_killed_stage_process_is_a_pause_and_comes_back(cluster: ClusterProces
     whole = Stream(cluster, gateway).text()
     stream = Stream(cluster, gateway)
     assert stream.started.wait(60)
+    killed_at = time.time()
     os.kill(before["stages"][1]["pid"], signal.SIGKILL)
     assert stream.text() == whole
 
@@ -188,6 +190,15 @@ def test_a_killed_stage_process_is_a_pause_and_comes_back(cluster: ClusterProces
     assert not {s["pid"] for s in before["stages"]} & {s["pid"] for s in after["stages"]}
     assert not any(alive(s["pid"]) for s in before["stages"])
     assert text_of(cluster.complete(gateway)) == expected
+    picture = cluster.admin(node=gateway)
+    assert picture is not None
+    last = picture["recoveries"][0]
+    assert (last["pipeline"], last["epoch"], last["node_id"]) == ("tiny", after["epoch"], 0)
+    assert last["cause"].startswith("stage 1 (layers 3…4) on node 1: ")
+    lost = next(t for t in picture["transitions"] if t["kind"] == "pipeline_lost")
+    assert killed_at <= lost["at"] <= last["at"]
+    assert 0 < last["seconds"] <= last["at"] - killed_at
+    assert (lost["epoch"], lost["cause"]) == (before["epoch"], last["cause"])
 
 
 def test_a_killed_agent_takes_its_stages_along_and_the_survivors_take_over(tmp_path: Path, model_dir: Path) -> None:
@@ -213,6 +224,7 @@ def test_a_killed_agent_takes_its_stages_along_and_the_survivors_take_over(tmp_p
         (pipeline,) = picture["pipelines"]
         assert {s["node_id"] for s in pipeline["stages"]} == {1, 2}
         assert picture["coordinator"]["term"] > 1
+        assert picture["recoveries"][0]["cause"].startswith("mini1 is dead (silent for ")
         assert next(n for n in picture["nodes"] if n["node_id"] == 0)["state"] == "dead"
         three.wait_ready(2)
         assert text_of(three.complete(2)) == expected

@@ -69,13 +69,16 @@ def test_a_budget_that_is_never_reached_changes_nothing() -> None:
             simulated.submit(request(20 + index, 30))
         simulated.run()
     assert [m for _, m in bounded.sent] == [m for _, m in free.sent]
+    assert bounded.scheduler.statistics()["prefilled_tokens"] == sum(20 + index for index in range(9))
 
 
 def test_what_grows_beyond_the_budget_is_preempted_and_resumes_where_it_was() -> None:
     simulated = pipeline(8)
     sequences = [simulated.submit(request(200, 400)) for _ in range(4)]
     simulated.run()
-    assert simulated.scheduler.statistics()["preemptions"] > 0
+    figures = simulated.scheduler.statistics()
+    assert figures["preemptions"] > 0
+    assert figures["prefilled_tokens"] > 4 * 200, "what was preempted is computed again, and that is counted"
     assert {s: e.reason for s, e in endings(simulated).items()} == dict.fromkeys(sequences, "length")
     assert indices(simulated) == {s: list(range(400)) for s in sequences}
     starts = Counter(e.sequence for _, e in simulated.effects if isinstance(e, Started))

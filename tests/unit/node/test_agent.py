@@ -209,6 +209,9 @@ async def test_a_lost_engine_brings_fresh_stages_everywhere(tmp_path: Path, tiny
         await until("a second engine", lambda: len(two.nodes[0].engines) == 2)
         await two.ready(0, 1)
         assert [e.epoch for e in two.nodes[0].engines] == [Epoch(plan.version, 1), Epoch(plan.version, 2)]
+        (recovery,) = two.nodes[0].agent.history.recoveries
+        assert (recovery.epoch, recovery.cause) == (f"{plan.version}.2", "stage 1 is gone")
+        assert two.nodes[1].agent.history.recoveries == (), "it does not drive"
         for node in two.nodes.values():
             old, new = node.stages
             assert old.stopped
