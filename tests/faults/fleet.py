@@ -56,11 +56,13 @@ class Stream:
     reconnects: int = 0
 
     def reset(self) -> None:
-        self.tokens, self.arrived_at, self.ends, self.errors, self.num_done = [], [], [], [], 0
+        """Begin anew; what came when is kept, for the client has waited all the same."""
+        self.tokens, self.ends, self.errors, self.num_done = [], [], [], 0
 
-    @property
-    def longest_gap_seconds(self) -> float:
-        return max((b - a for a, b in zip(self.arrived_at, self.arrived_at[1:], strict=False)), default=0.0)
+    def longest_gap(self, after: float) -> tuple[float, float]:
+        """(seconds, end) of the longest pause between two tokens that ends after this moment."""
+        pairs = zip(self.arrived_at, self.arrived_at[1:], strict=False)
+        return max(((b - a, b) for a, b in pairs if b > after), default=(0.0, after))
 
 
 def bodies() -> list[dict[str, Any]]:
@@ -152,6 +154,7 @@ class Fleet:
     split: str
     reference: list[list[str]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    struck_at: float = 0.0  # when the last signal but SIGCONT was sent, monotonic
 
     @property
     def wanted(self) -> list[tuple[int, int]]:
@@ -208,7 +211,16 @@ class Fleet:
         present = {int(s["pid"]) for s in self.stages()}
         within("no orphan", lambda: not any(map(alive, self.seen - present)) or None, 20.0)
 
+    def figures(self, node: int) -> dict[str, Any]:
+        """What the engine on this node says of itself."""
+        answer = self.cluster.admin("/engines", node=node, offset=0)
+        assert answer is not None, f"node {node} does not answer"
+        (engine,) = answer["engines"]
+        return dict(engine)
+
     def send(self, number: signal.Signals, pids: list[int]) -> None:
+        if number is not signal.SIGCONT:
+            self.struck_at = time.monotonic()
         for pid in pids:
             os.kill(pid, number)
 
@@ -218,10 +230,22 @@ class Fleet:
             assert stream.tokens == reference, f"stream {index} differs from the quiet run"
             assert (stream.ends, stream.num_done) == (["length"], 1), f"stream {index}"
 
-    def strike(self, node: int, number: signal.Signals, pids: list[int], first: int = GATEWAY) -> list[Stream]:
+    def strike(
+        self,
+        node: int,
+        number: signal.Signals,
+        pids: list[int],
+        first: int = GATEWAY,
+        just_before: Callable[[], None] = lambda: None,
+    ) -> list[Stream]:
         """What the streams saw of a signal to processes of this node, which is brought back afterwards."""
+
+        def strike() -> None:
+            just_before()
+            self.send(number, pids)
+
         try:
-            streams = load(self.urls(first), lambda: self.send(number, pids))
+            streams = load(self.urls(first), strike)
             if number is signal.SIGSTOP:
                 within(f"the others go on without node {node}", lambda: self._goes_on_without(node), CELL_SECONDS)
         finally:
@@ -261,8 +285,13 @@ class Fleet:
 
 
 @contextmanager
-def fleet(folder: Path, split: str, transport: str = "grpc") -> Iterator[Fleet]:
-    """A cluster of as many nodes as the split names, its reference taken from a run in which nothing happens."""
+def fleet(
+    folder: Path, split: str, transport: str = "grpc", changes: dict[str, dict[str, Any]] | None = None
+) -> Iterator[Fleet]:
+    """A cluster of as many nodes as the split names, its reference taken from a run in which nothing happens.
+
+    ``changes`` are settings by section.
+    """
     settings: dict[str, Any] = {
         "runtime": {"blas": "off"},
         "api_gateway": {"recovery_timeout": CELL_SECONDS, "keepalive_seconds": 1.0},
@@ -272,6 +301,7 @@ def fleet(folder: Path, split: str, transport: str = "grpc") -> Iterator[Fleet]:
     cluster = ClusterProcesses(
         folder, demo.model_dir(), num_nodes=len(split.split("/")), split=split, settings=settings
     )
+    cluster.amend(changes or {})
     with running(cluster):
         made = Fleet(cluster, split)
         made.balanced()

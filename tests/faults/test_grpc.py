@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -71,3 +72,19 @@ def test_an_agent_alone(four: Fleet, number: signal.Signals, node: int) -> None:
     four.check(streams)
     assert all(stream.reconnects == 0 for stream in streams)
     four.check_no_orphans()
+
+
+def test_a_coordinator_without_a_stage_costs_its_streams_nothing(four: Fleet) -> None:
+    """Between the signal and the last token: the same epoch and processes, no row preempted, nothing computed again."""
+    before, figures = four.balanced(), list[dict[str, Any]]()
+    agent = four.cluster.processes[STANDBY].pid
+    streams = four.strike(STANDBY, signal.SIGKILL, [agent], just_before=lambda: figures.append(four.figures(ENGINE)))
+    figures.append(four.figures(ENGINE))
+    four.check(streams)
+    assert all(stream.reconnects == 0 for stream in streams)
+    for counter in ("preemptions", "prefilled_tokens", "prefix_fallbacks"):
+        assert figures[0][counter] == figures[1][counter], counter
+    assert figures[1]["tokens"] > figures[0]["tokens"]
+    after = four.balanced()
+    assert after["epoch"] == before["epoch"]
+    assert [stage["pid"] for stage in after["stages"]] == [stage["pid"] for stage in before["stages"]]
