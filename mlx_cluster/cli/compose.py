@@ -151,4 +151,8 @@ def _with_own_state(settings: Settings, run_dir: Path, *, quiet: bool) -> Settin
         state = {"state_dir": str(run_dir / "state" / node_name(node)), "bind": None}
         nodes[ref] = entry.model_copy(update=state).model_dump() if entry is not None else state
     log = settings.log.model_copy(update={"level": DEFAULT_LOG_LEVEL}) if quiet else settings.log
-    return Settings.model_validate(settings.model_dump() | {"nodes": nodes, "log": log.model_dump()})
+    cluster = settings.cluster.model_dump(exclude_defaults=True)  # some defaults may not be written in words
+    if settings.cluster.witness is not None:
+        cluster["witness"]["state_dir"] = str(run_dir / "state" / "witness")
+    changed = {"cluster": cluster, "nodes": nodes, "log": log.model_dump()}
+    return Settings.model_validate(settings.model_dump(exclude_defaults=True) | changed)

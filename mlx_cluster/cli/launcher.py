@@ -28,6 +28,7 @@ from mlx_cluster.errors import Unavailable
 STOP_SECONDS = 4.0
 POLL_SECONDS = 0.25
 FAILED_SECONDS = 6.0  # a pipeline that stays failed this long before it was ever ready will not come up
+WITNESS = "the witness"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -85,13 +86,13 @@ async def serve(
 
 
 async def _watch(nodes: Sequence[_Node], asked: asyncio.Task[Literal[True]], terminal: Terminal) -> int:
-    """Tell of nodes that end, until a signal comes (0) or none is left (1)."""
+    """Tell of nodes that end, until a signal comes (0) or none but the witness is left (1)."""
     running = list(nodes)
-    while running and not asked.done():
+    while any(node.name != WITNESS for node in running) and not asked.done():
         await asyncio.wait([asked, *(node.ended for node in running)], return_when=asyncio.FIRST_COMPLETED)
         ended = [node for node in running if node.ended.done()]
         running = [node for node in running if not node.ended.done()]
-        left = ", ".join(node.name for node in running) or "no node"
+        left = ", ".join(node.name for node in running if node.name != WITNESS) or "no node"
         for node in ended if not asked.done() else ():
             terminal.notice(f"{node.name} {lifeline.describe_code(node.ended.result().code)}; {left} left")
     return 0 if asked.done() else 1
@@ -104,15 +105,20 @@ def node_command(run_dir: Path, name: str) -> list[str]:
     return [sys.executable, "-m", "mlx_cluster", "node", "--config", str(run_dir), "--id", name, "--lifeline"]
 
 
+def witness_command(run_dir: Path) -> list[str]:
+    return [sys.executable, "-m", "mlx_cluster", "witness", "--config", str(run_dir), "--lifeline"]
+
+
 def commands_of(settings: Settings, run_dir: Path) -> dict[str, list[str]]:
-    """Name → command line: one child per node, or a single mpirun that starts them as its ranks."""
+    """Name → command line: one child per node, or a single mpirun that starts them as its ranks; and the witness."""
+    witness = {WITNESS: witness_command(run_dir)} if settings.cluster.witness is not None else {}
     names = [node_name(entry) for entry in settings.cluster.nodes]
     if settings.network.transport != "mpi":
-        return {name: node_command(run_dir, name) for name in names}
+        return {**{name: node_command(run_dir, name) for name in names}, **witness}
     from mlx_cluster.cli.mpirun import guarded_mpirun
 
     rank = [sys.executable, "-m", "mlx_cluster.node.mpi", "--config", str(run_dir)]
-    return {"mpirun": guarded_mpirun(len(names), rank)}
+    return {"mpirun": guarded_mpirun(len(names), rank), **witness}
 
 
 @contextlib.asynccontextmanager

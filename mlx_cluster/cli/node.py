@@ -1,4 +1,4 @@
-"""``mlx-cluster node``: run this machine's agent; ``node drain`` and ``node undrain`` for any of them."""
+"""``mlx-cluster node``: run this machine's agent; ``node drain``, ``undrain`` and ``remove`` for any of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def node(
     manual = {"network.insecure": True} if insecure else {}
     loaded = load_config(config, assignments, **manual)
     name = find_own_node(loaded.settings, node_id, socket.gethostname())
-    orphaned = _watch_launcher() if lifeline else []
+    orphaned = watch_launcher() if lifeline else []
 
     from mlx_cluster.node.main import run_node
 
@@ -64,7 +64,7 @@ def drain(
     config: ConfigDir = None,
 ) -> None:
     """Move a node's work to the others and give it no more."""
-    _set_drained(name, "drain", url, config)
+    _command(name, "drain", url, config)
     typer.echo(f"{name} is drained: it gets no new work, and what it holds moves as soon as the others can take it")
 
 
@@ -75,11 +75,25 @@ def undrain(
     config: ConfigDir = None,
 ) -> None:
     """Let a drained node work again."""
-    _set_drained(name, "undrain", url, config)
+    _command(name, "undrain", url, config)
     typer.echo(f"{name} may get work again")
 
 
-def _set_drained(name: str, verb: str, url: str | None, config: Path | None) -> None:
+@node_app.command("remove")
+def remove(
+    name: Annotated[str, typer.Argument(help="Name or id of a node that is dead and will not come back.")],
+    url: Annotated[str | None, typer.Option("--url", help="Of any node's admin API.")] = None,
+    config: ConfigDir = None,
+) -> None:
+    """Take a dead node's vote away for good, so that a majority is counted without it.
+
+    Refused while the node lives. If it does come back it joins anew, like a node that was never there.
+    """
+    _command(name, "remove", url, config)
+    typer.echo(f"{name} no longer votes; take it out of cluster.nodes on the other nodes when it shall not come back")
+
+
+def _command(name: str, verb: str, url: str | None, config: Path | None) -> None:
     from mlx_cluster.cli.coordinator import ask
 
     ask("POST", f"/nodes/{name}/{verb}", {}, url, config)
@@ -101,7 +115,7 @@ def find_own_node(settings: Settings, ref: str | None, hostname: str) -> str:
     )
 
 
-def _watch_launcher() -> list[bool]:
+def watch_launcher() -> list[bool]:
     """End in good order when the launcher is gone. The list that is returned is not empty from then on."""
     from mlx_cluster import lifeline
 

@@ -75,11 +75,13 @@ def up(
 
 def check_ports(settings: Settings) -> None:
     """Raise ``PortInUse`` or ``ConfigError`` before anything starts."""
-    from mlx_cluster.config.ports import check_free, plan_ports, uses
+    from mlx_cluster.config.ports import check_clashes, check_free, plan_ports, uses, witness_use
     from mlx_cluster.security.policy import check_all
 
     check_all(settings)
-    check_free(uses(settings, plan_ports(settings)))
+    wanted = [*uses(settings, plan_ports(settings)), *witness_use(settings)]
+    check_clashes(wanted, settings)
+    check_free(wanted)
 
 
 def fetch_models(settings: Settings, terminal: Terminal) -> None:

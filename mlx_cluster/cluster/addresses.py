@@ -1,14 +1,13 @@
 """Which of a node's addresses to dial.
 
-Owns: the ranking by measured round trips, with hysteresis. Pure.
-Does not own: measuring (``node.round_trips``), channels.
+Owns: the ranking by measured round trips, with hysteresis. Pure; one thread measures and ranks while others read.
+Does not own: measuring (``node.round_trips``), channels, where hints come from (``discovery``).
 Invariant: without a measurement the configured host is dialled; an address that answers is never left for one that does
-not, and one that does not is left for one that does.
+not, and one that does not is left for one that does; a hinted address is dialled only while no configured one answers.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 # The least of so many round trips counts: what a busy machine adds to one says nothing of the link.
@@ -22,32 +21,41 @@ class RankedAddresses:
     """Those of one node. ``known`` is the one that every node has in its configuration; others may be quicker."""
 
     def __init__(self, known: str, others: Sequence[str] = ()) -> None:
-        self.candidates = tuple(dict.fromkeys((*others, known)))
+        self._configured = self.candidates = tuple(dict.fromkeys((*others, known)))
         self.known = self.current = known
-        self._seconds: dict[str, deque[float]] = {each: deque(maxlen=WINDOW) for each in self.candidates}
+        self._seconds: dict[str, tuple[float, ...]] = {}
+
+    def hinted(self, further: Sequence[str]) -> None:
+        """These may be dialled too, from now on, while no configured one answers; they replace earlier hints."""
+        self.candidates = tuple(dict.fromkeys((*self._configured, *further)))
+        self._seconds = {each: self._seconds.get(each, ()) for each in self.candidates}
+        if self.current not in self.candidates:
+            self.current = self.known
 
     def measured(self, address: str, seconds: float | None) -> None:
         """A round trip to ``address``; None when there was no answer, which makes it forget the earlier ones."""
-        if seconds is None:
-            self._seconds[address].clear()
-        else:
-            self._seconds[address].append(seconds)
+        self._seconds[address] = () if seconds is None else (*self._seconds.get(address, ()), seconds)[-WINDOW:]
 
     def seconds(self, address: str) -> float | None:
         """Its round trip; None while it does not answer, or has not been asked yet."""
-        return min(self._seconds[address], default=None)
+        return min(self._seconds.get(address, ()), default=None)
 
     def rank(self) -> bool:
         """After every candidate was measured: choose. True when another one is dialled from now on."""
         before = self.current
-        answering = [(seconds, each) for each in self.candidates if (seconds := self.seconds(each)) is not None]
+        hints = self.candidates[len(self._configured) :]
+        answering = self._answering(self._configured) or self._answering(hints)
         if answering:
             # Of equals the first in the configuration.
-            quickest, best = min(answering, key=lambda pair: pair[0])
-            now = self.seconds(before)
+            best = min(answering, key=lambda each: answering[each])
+            quickest, now = answering[best], answering.get(before)
             if now is None or (quickest < now * QUICKER_SHARE and quickest < now - QUICKER_SECONDS):
                 self.current = best
         return self.current != before
+
+    def _answering(self, addresses: Sequence[str]) -> dict[str, float]:
+        """Those that answer, with their round trips."""
+        return {each: seconds for each in addresses if (seconds := self.seconds(each)) is not None}
 
 
 class DialledAddresses(Mapping[int, str]):

@@ -106,6 +106,12 @@ def uses(settings: Settings, planned: dict[int, NodePorts], node_ids: Iterable[i
     ]
 
 
+def witness_use(settings: Settings) -> list[PortUse]:
+    """What the witness wants, where it runs on the nodes' own machine."""
+    witness = settings.cluster.witness
+    return [] if witness is None else [PortUse(witness.host, witness.port, "the witness (cluster.witness.port)")]
+
+
 def check_clashes(wanted: Iterable[PortUse], settings: Settings) -> None:
     """Raise ``ConfigError`` when a port is wanted twice on a host, or lies in a range that serves something else."""
     taken: dict[tuple[str, int], str] = {}

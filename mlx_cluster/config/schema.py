@@ -103,9 +103,12 @@ class WitnessEntry(Section):
 
 
 class ClusterSection(Section):
+    """``discovery: mdns`` finds further addresses of the nodes in ``nodes``, never further nodes."""
+
     name: str = "mlx-cluster"
     nodes: tuple[NodeEntry, ...] = ()
     witness: WitnessEntry | None = None
+    discovery: Literal["static", "mdns"] = "static"
 
 
 class CoordinatorSection(Section):
@@ -287,7 +290,8 @@ class NodeSettings(Section):
     model_dirs: tuple[str, ...] = ()
     memory_budget: MemoryAmount | None = None  # "12GB"; default: what the machine has
     standby: bool = False  # holds layers only while another node is away, or when the model fits no other way
-    interfaces: tuple[str, ...] = ()
+    # Where cluster.discovery speaks and listens: names like en5, or own addresses. Default: all but loopback.
+    interfaces: Annotated[tuple[str, ...], Field(max_length=16)] = ()
     # Where else it can be dialled, beside cluster.nodes[].host: of equally quick ones the first is preferred.
     addresses: Annotated[tuple[Address, ...], Field(max_length=8)] = ()
     bind: str | None = None

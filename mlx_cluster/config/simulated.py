@@ -17,6 +17,7 @@ HOST = "127.0.0.1"
 FIRST_GATEWAY_PORT = 8000
 NAMES = ("mini1", "mini2", "master")
 MAX_NODES = 64
+WITNESS_OFFSET = 9  # from the first node's base: behind that node's own ports
 # The demo has the layers of Qwen2.5-7B and is cut like it on three nodes, so that a first run looks like the real
 # cluster. Automatic placement would weigh its head as well.
 DEMO_SPLIT_BY_NODES = {3: "10/9/9"}
@@ -69,7 +70,7 @@ def demo_entry(num_nodes: int, path: str) -> dict[str, Any]:
 def on_this_machine(settings: Settings, base: int | None = None) -> dict[str, Any]:
     """Manual keys that bring every node of a real cluster's settings to this machine, names kept.
 
-    Ports are kept too, unless ``base`` asks for new ones.
+    Ports are kept too, unless ``base`` asks for new ones. A witness comes along.
     """
     nodes = []
     for place, entry in enumerate(settings.cluster.nodes):
@@ -78,4 +79,8 @@ def on_this_machine(settings: Settings, base: int | None = None) -> dict[str, An
             own = base_port(place, base, settings.coordinator.port)
             node["ports"] = [own + offset for offset in range(5)]
         nodes.append(node)
-    return {"cluster.nodes": nodes, "api_gateway.host": HOST}
+    keys: dict[str, Any] = {"cluster.nodes": nodes, "api_gateway.host": HOST}
+    if (witness := settings.cluster.witness) is not None:
+        port = witness.port if base is None else base + WITNESS_OFFSET
+        keys["cluster.witness"] = {"host": HOST, "port": port}
+    return keys

@@ -59,7 +59,10 @@ _log = log.get(__name__)
 
 
 class Agent:
-    """One per process, made inside the event loop. ``run`` beats until it is cancelled."""
+    """One per process, made inside the event loop. ``run`` beats until it is cancelled.
+
+    ``hints`` gives further addresses at which a node, by its id, may be dialled.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Agent:
         make_engine: EngineMaker,
         timing: Timing,
         speed_bytes_per_second: float = 0.0,
+        hints: Callable[[int], Sequence[str]] = lambda _: (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings, self.identity, self.models = settings, identity, models
@@ -121,7 +125,7 @@ class Agent:
         self.drivers = Drivers(self._make_driver)
         names = {m.node_id: m.name for m in identity.members}
         self.peers = Peers(settings.cluster.name, self.addresses, names, self.history.circuit)
-        self._round_trips = RoundTripProbe(self.addresses, names, section.health_check_interval)
+        self._round_trips = RoundTripProbe(self.addresses, names, section.health_check_interval, hints=hints)
         self._confirmed = False
         self._converge_needed = asyncio.Event()
         self._document_changed = asyncio.Condition()

@@ -22,6 +22,7 @@ from mlx_cluster.cluster.election.events import (
     Committed,
     ForceNewCluster,
     Propose,
+    RemoveVoter,
     Retire,
     Settings,
     StepDown,
@@ -88,6 +89,14 @@ class Authority(Protocol):
         """Go on alone after quorum was lost for good: "" when this node leads a new era, or why not."""
         ...
 
+    def voter_of(self, node_id: int) -> str | None:
+        """The id under which this node votes, as this node knows; None when it has no vote."""
+        ...
+
+    async def remove_voter(self, voter: str) -> str:
+        """Begin to take a vote away for good: "" when it has begun, or why not."""
+        ...
+
     def report(self, view: ClusterView) -> dict[str, Any]:
         """For the operator: mode, voters, quorum, and why things are as they are."""
         ...
@@ -128,6 +137,12 @@ class FixedAuthority:
 
     async def force_new_cluster(self) -> str:
         return "the coordinator is fixed by coordinator.fixed: change it there, on every node"
+
+    def voter_of(self, node_id: int) -> str | None:
+        return None
+
+    async def remove_voter(self, voter: str) -> str:
+        return "the coordinator is fixed by coordinator.fixed: nobody votes"
 
     def report(self, view: ClusterView) -> dict[str, Any]:
         leads = self._leadership.node_id is not None
@@ -354,6 +369,15 @@ class ElectedAuthority:
         """See ``Authority``. Raises ``DeadlineExceeded``."""
         seconds = 4 * self._timing.timeout_max_seconds + 5.0
         return await self._thread.order(ForceNewCluster(), seconds)
+
+    def voter_of(self, node_id: int) -> str | None:
+        return next((voter for voter in self._standing.voters if node_of(voter) == str(node_id)), None)
+
+    async def remove_voter(self, voter: str) -> str:
+        """See ``Authority``. Raises ``DeadlineExceeded``, ``Unavailable``."""
+        if voter in self._standing.heard:
+            return f"{voter} still answers: stop that node first"
+        return await self._thread.order(RemoveVoter(voter))
 
     # -- what the voter tells -------------------------------------------------------------------------------
 

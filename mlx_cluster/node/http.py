@@ -113,6 +113,9 @@ def operator_routes(operator: Operator) -> list[Route]:
     async def undrain(request: Request, _body: dict[str, Any]) -> dict[str, Any]:
         return await operator.drain(request.path_params["node"], undo=True)
 
+    async def remove(request: Request, _body: dict[str, Any]) -> dict[str, Any]:
+        return await operator.remove(request.path_params["node"])
+
     async def force(_: Request, _body: dict[str, Any]) -> dict[str, Any]:
         return await operator.force_new_cluster()
 
@@ -122,6 +125,7 @@ def operator_routes(operator: Operator) -> list[Route]:
         command("/coordinator/force-new-cluster", "POST", force, here=True),
         command("/nodes/{node}/drain", "POST", drain),
         command("/nodes/{node}/undrain", "POST", undrain),
+        command("/nodes/{node}/remove", "POST", remove),
     ]
 
 

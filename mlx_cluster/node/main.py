@@ -23,10 +23,12 @@ from mlx_cluster.engine.memory import StageMemory
 from mlx_cluster.engine.prefix import Limits, RowCost
 from mlx_cluster.engine.speculation import Bounds
 from mlx_cluster.engine.waiting import Share
+from mlx_cluster.node import machine
 from mlx_cluster.node.agent import Agent
 from mlx_cluster.node.bringup import DrivenEngine, EngineMaker, Timing
 from mlx_cluster.node.composed import ComposedEngine, response_cache
 from mlx_cluster.node.copies import Copies
+from mlx_cluster.node.discovery import make_discovery
 from mlx_cluster.node.draft import drafting
 from mlx_cluster.node.identity import Identity, identify
 from mlx_cluster.node.models import LocalModels
@@ -69,6 +71,7 @@ async def _run(settings: Settings, identity: Identity) -> int:
 
     loop.add_signal_handler(signal.SIGTERM, leave)
     loop.add_signal_handler(signal.SIGINT, stopping.set)
+    discovery = make_discovery(settings, identity, machine.versions())
     models = LocalModels(settings, identity.entry, identity.state_dir / "models")
     _, speed = await asyncio.gather(models.refresh(), measure_speed(settings))
     agent = Agent(
@@ -83,11 +86,14 @@ async def _run(settings: Settings, identity: Identity) -> int:
             canary_seconds=CANARY_SECONDS,
         ),
         speed_bytes_per_second=speed,
+        hints=discovery.hints.of if discovery is not None else lambda _: (),
     )
     servers = NodeServers(agent)
     copies = Copies(settings, identity.node_id, models, lambda: agent.view.living, agent.peers.channel)
     try:
         await servers.start()
+        if discovery is not None:
+            discovery.start()
         _log.info("node runs", pid=os.getpid(), gateway=identity.gateway_url, admin=identity.admin_url)
 
         async def drain() -> None:
@@ -96,7 +102,8 @@ async def _run(settings: Settings, identity: Identity) -> int:
 
         await _until(stopping, agent.run, servers.run, copies.run, drain)
     finally:
-        await _stop(agent, servers)
+        leave_network = asyncio.to_thread(discovery.stop) if discovery is not None else asyncio.sleep(0)
+        await asyncio.gather(_stop(agent, servers), leave_network)
     return 0
 
 

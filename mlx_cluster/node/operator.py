@@ -1,4 +1,4 @@
-"""What an operator may ask of a running cluster: who leads, which nodes are drained, a new founding.
+"""What an operator may ask of a running cluster: who leads and votes, which nodes are drained, a new founding.
 
 Owns: each request's checks, and forwarding it to the coordinator. Does not own: HTTP (``http``), the decisions.
 Invariant: a request that returns has taken effect: the document that says so is committed.
@@ -64,6 +64,44 @@ class Operator:
         await self._amend(change)
         self._agent.history.note("node_undrained" if undo else "node_drained", node=node_name(entry))
         return {"node": node_name(entry), "drained": not undo}
+
+    async def remove(self, node: str) -> Answer:
+        """Take the vote of a dead node away for good. If it comes back it asks for a new one, as a new node does."""
+        node_id, name = self._node_or_former(node)
+        authority = self._agent.authority
+        voter = authority.voter_of(node_id)
+        if voter is None:
+            raise ConfigError(f"{name} has no vote: there is nothing to remove; 'coordinator show' lists the voters")
+        row = self._agent.view.node(node_id)
+        if row is not None and row.state != "dead":
+            raise ConfigError(
+                f"{name} is {row.state}: stop it first ('kill -TERM {row.status.pid if row.status else 'PID'}' there; "
+                "it drains and leaves), and remove it only if it shall not come back"
+            )
+        try:
+            async with asyncio.timeout(AMEND_SECONDS):
+                while authority.voter_of(node_id) == voter or authority.waiting():
+                    if not self._agent.leads:
+                        raise Unavailable("this node is not the coordinator (any more): try again")
+                    if not authority.waiting() and (refusal := await authority.remove_voter(voter)):
+                        raise Unavailable(f"{name} keeps its vote: {refusal}")
+                    await asyncio.sleep(LOOK_AGAIN_SECONDS)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the change was not committed within {AMEND_SECONDS:g} s: is a majority of the voters there?"
+            ) from None
+        return {"node": name, "removed": voter}
+
+    def _node_or_former(self, ref: str) -> tuple[int, str]:
+        """(id, name); a node that cluster.yaml no longer names can still be meant by its id."""
+        try:
+            entry = find_node(self._agent.settings, ref)
+        except ConfigError:
+            digits = ref.removeprefix("node_")
+            if digits.isdecimal() and self._agent.authority.voter_of(int(digits)) is not None:
+                return int(digits), f"node_{int(digits)}"
+            raise
+        return entry.node_id, node_name(entry)
 
     async def force_new_cluster(self) -> Answer:
         """Go on with what this node holds, alone, because the other voters are gone for good."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mlx_cluster import log
 from mlx_cluster.cluster.addresses import DialledAddresses
@@ -36,7 +36,7 @@ def connect_seconds(address: str) -> float | None:
 
 
 class RoundTripProbe:
-    """``names`` are the nodes', by id, for the log."""
+    """``names`` are the nodes', by id, for the log; ``hints`` gives further addresses of a node, by its id."""
 
     def __init__(
         self,
@@ -44,10 +44,11 @@ class RoundTripProbe:
         names: dict[int, str],
         interval_seconds: float,
         *,
+        hints: Callable[[int], Sequence[str]] = lambda _: (),
         measure: Callable[[str], float | None] = connect_seconds,
     ) -> None:
         self._addresses, self._names, self._interval_seconds = addresses, names, interval_seconds
-        self._measure = measure
+        self._hints, self._measure = hints, measure
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="round trips", daemon=True)
 
@@ -61,6 +62,7 @@ class RoundTripProbe:
     def look(self) -> None:
         """Measure every address once, and choose."""
         for node_id, ranked in self._addresses.ranked.items():
+            ranked.hinted(self._hints(node_id))
             for address in ranked.candidates:
                 if self._ending.is_set():
                     return

@@ -58,6 +58,8 @@ EDGES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("tokenizer/", "demo/"),
     "typer": ("cli/",),
     "rich": ("cli/", "model/hub.py"),
+    "zeroconf": ("node/discovery.py",),
+    "ifaddr": ("node/discovery.py",),
     "huggingface_hub": ("model/hub.py",),
     "mpi4py": ("node/mpi.py",),
     "llguidance": ("grammar.py", "model/grammar.py"),

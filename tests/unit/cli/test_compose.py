@@ -9,6 +9,7 @@ import pytest
 
 from mlx_cluster import demo
 from mlx_cluster.cli.compose import UpOptions, compose
+from mlx_cluster.cli.launcher import commands_of
 from mlx_cluster.config.load import load
 from mlx_cluster.config.names import manual_stages, node_name
 from mlx_cluster.config.ports import plan_ports
@@ -113,6 +114,23 @@ def test_the_demo_on_a_real_clusters_configuration(tmp_path: Path) -> None:
     assert list(settings.models) == ["demo"]
     assert sizes(settings, "demo") == [10, 9, 9]
     assert [p.node_api for p in plan_ports(settings).values()] == [9100, 9200, 9300]
+
+
+def test_a_witness_comes_along(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "cluster.yaml").write_text(
+        "cluster:\n  nodes: [{host: a.lan, node_id: 0}, {host: b.lan, node_id: 1}]\n"
+        "  witness: {host: nas.lan, port: 8451, state_dir: /var/lib/witness}\n"
+    )
+    witness = composed(tmp_path, config_dir=tmp_path / "c", model="demo").cluster.witness
+    assert witness is not None
+    assert (witness.host, witness.port, witness.state_dir) == ("127.0.0.1", 8451, str(tmp_path / "state" / "witness"))
+    settings = composed(tmp_path, config_dir=tmp_path / "c", model="demo", base_port=9100)
+    assert settings.cluster.witness is not None
+    assert settings.cluster.witness.port == 9109
+    commands = commands_of(settings, tmp_path)
+    assert list(commands) == ["a", "b", "the witness"]
+    assert commands["the witness"][2:4] == ["mlx_cluster", "witness"]
 
 
 def test_a_split_on_the_command_line_replaces_sharding(tmp_path: Path) -> None:

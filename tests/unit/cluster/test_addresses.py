@@ -55,6 +55,21 @@ def test_one_slow_handshake_says_nothing() -> None:
     assert look(ranked, bridge=0.5, host=0.0010), "but a whole window of them does"
 
 
+def test_a_hinted_address_is_dialled_only_while_no_configured_one_answers() -> None:
+    ranked = RankedAddresses(HOST, [BRIDGE])
+    ranked.hinted(["10.0.0.7:8101", HOST])
+    assert ranked.candidates == (BRIDGE, HOST, "10.0.0.7:8101")
+    ranked.measured("10.0.0.7:8101", 0.00001)
+    assert not look(ranked, bridge=None, host=0.5), "however much quicker it is"
+    assert look(ranked, bridge=None, host=None)
+    assert ranked.current == "10.0.0.7:8101"
+    assert look(ranked, bridge=None, host=0.5), "and left as soon as one does"
+    assert look(ranked, bridge=None, host=None)
+    ranked.hinted([])
+    assert ranked.current == HOST, "a hint that is taken back is not dialled"
+    assert ranked.seconds("10.0.0.7:8101") is None
+
+
 MEASURED = st.one_of(st.none(), st.floats(1e-6, 1.0))
 
 

@@ -53,6 +53,32 @@ async def test_pins_and_drained_nodes_stand_in_the_document_and_are_obeyed(tmp_p
             await Operator(leading(three.nodes).agent).force_new_cluster()
 
 
+async def test_a_dead_nodes_vote_is_removed_for_good_and_it_joins_anew(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 3, split="3/3/0") as three:
+        await three.ready(0, 1, 2)
+
+        def voters() -> tuple[str, ...]:
+            return tuple(v["voter"] for v in leading(three.nodes).agent.office()["election"]["voters"])
+
+        await until("all vote", lambda: len(voters()) == 3)
+        lost = next(i for i in (2, 1) if not three.nodes[i].agent.leads)
+        old = next(v for v in voters() if v.startswith(f"{lost}:"))
+        for node, reason in ((lost, f"mini{lost} is alive: stop it first"), ("mini9", "no node is called 'mini9'")):
+            with pytest.raises(ConfigError, match=reason):
+                await Operator(leading(three.nodes).agent).remove(str(node))
+        await three.nodes[lost].stop()
+        left = {i: node for i, node in three.nodes.items() if i != lost}
+        await until("it counts as dead", lambda: leading(left).agent.view.is_dead(lost))
+        assert len(voters()) == 3, "a death alone takes no vote away"
+        await carried_out(left, lambda operator: operator.remove(f"mini{lost}"))
+        assert len(voters()) == 2
+        with pytest.raises(ConfigError, match=f"mini{lost} has no vote"):
+            await Operator(leading(left).agent).remove(str(lost))
+        await three.start(lost)
+        await until("it has a new vote", lambda: len(voters()) == 3)
+        assert old not in voters()
+
+
 async def carried_out(nodes: dict[int, Node], act: Callable[[Operator], Awaitable[object]]) -> None:
     """By whoever leads: on a busy machine somebody else may lead a moment later."""
     async with asyncio.timeout(60):

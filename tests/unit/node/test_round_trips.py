@@ -29,6 +29,23 @@ def test_a_look_measures_every_address_and_chooses() -> None:
     assert dict(dialled) == {1: "host:1", 2: "other:1"}
 
 
+def test_hints_are_measured_after_the_configured_addresses() -> None:
+    hints: dict[int, tuple[str, ...]] = {1: ("hint:1",)}
+    dialled = DialledAddresses({1: RankedAddresses("host:1")})
+    asked: list[str] = []
+
+    def measure(address: str) -> float | None:
+        asked.append(address)
+        return 0.001 if address == "hint:1" else None
+
+    probe = RoundTripProbe(dialled, {1: "mini1"}, 5.0, hints=lambda node: hints.get(node, ()), measure=measure)
+    probe.look()
+    assert (asked, dict(dialled)) == (["host:1", "hint:1"], {1: "hint:1"})
+    hints.clear()
+    probe.look()
+    assert dict(dialled) == {1: "host:1"}
+
+
 def test_a_probe_that_was_told_to_stop_asks_nobody() -> None:
     asked: list[str] = []
 
