@@ -278,11 +278,13 @@ def agreed_facts(model_id: str, nodes: Iterable[NodeStatus]) -> tuple[ModelFacts
 def available_bytes(status: NodeStatus, pipeline: str, nodes: Iterable[NodeStatus]) -> int:
     """Memory a new stage of ``pipeline`` may take on this node.
 
-    What its present stage of the same pipeline holds comes back; nodes that share a machine share its free memory.
+    What its present stage of the same pipeline holds comes back; nodes that share a machine share its free memory, but
+    a node's budget is its own.
     """
     sharing = max(1, sum(1 for s in nodes if s.machine == status.machine))
     own = sum(stage.memory_bytes for stage in status.stages if stage.pipeline == pipeline)
-    return min(status.memory_total_bytes, status.memory_free_bytes // sharing + own)
+    machine = status.memory_free_bytes if status.machine_free_bytes is None else status.machine_free_bytes
+    return min(status.memory_total_bytes, min(status.memory_free_bytes, machine // sharing) + own)
 
 
 async def push(

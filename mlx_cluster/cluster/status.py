@@ -96,11 +96,12 @@ class Recovery:
 class NodeStatus:
     """Everything a node tells the others. ``sequence`` rises with every status of one boot.
 
-    ``document`` is the (era, term, version) of the newest cluster document this node has accepted and
-    ``document_hash`` its digest; ``leader`` and ``term`` are whom it takes for the coordinator; ``unplaced`` (model,
-    why) is filled by the coordinator only. ``voter`` is its id in the election, ``founded`` whether it knows a founded
-    cluster, ``backs`` the voter that it would have found one. ``health`` and ``load`` are in 0…1. ``leaving``: this is
-    its last word.
+    ``document`` is the (era, term, version) of the newest cluster document this node has accepted and ``document_hash``
+    its digest; ``leader`` and ``term`` are whom it takes for the coordinator; ``unplaced`` (model, why) is filled by
+    the coordinator only. ``memory_free_bytes`` is what its own budget leaves of ``machine_free_bytes``, which it may
+    share with other nodes (None: its budget is the whole machine). ``voter`` is its id in the election, ``founded``
+    whether it knows a founded cluster, ``backs`` the voter that it would have found one. ``health`` and ``load`` are in
+    0…1. ``leaving``: this is its last word.
     """
 
     node_id: int
@@ -139,6 +140,7 @@ class NodeStatus:
     draining: bool = False  # it still works, but wants to leave: nothing new is placed here, and what is here moves
     recoveries: tuple[Recovery, ...] = ()  # the latest of the pipelines that this node drives
     round_trips: tuple[tuple[int, float], ...] = ()  # (node, seconds) to the others, as far as they answer
+    machine_free_bytes: int | None = None
 
     def model(self, model_id: str) -> ModelFacts | None:
         return next((facts for facts in self.models if facts.id == model_id), None)

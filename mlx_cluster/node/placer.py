@@ -76,18 +76,20 @@ class ClusterPlacer:
         others = [each for each in kept if each.pipeline != plan.pipeline]
         facts, holders = agreed_facts(plan.model.id, nodes)
         usable = [s for s in holders if s.node_id in self._in_use({s.node_id for s in holders})]
-        if self._manual(entry, {s.node_id for s in holders}) or not {s.node_id for s in plan.stages} <= {
-            s.node_id for s in usable
-        }:
+        able, present = {s.node_id for s in holders}, {s.node_id for s in plan.stages}
+        if self._manual(entry, able) or not present <= able:
             return None
+        stays = present <= {s.node_id for s in usable}
         costs, budgets = self._weighed(facts, facts.dense_ratio, usable, nodes, others)
         now = [ManualRange(s.node_id, s.start, s.end) for s in plan.stages]
         try:
-            current = place(costs, budgets, manual=now)
             best = place(costs, budgets, objective=entry.objective)
+            # A standby whose work somebody else can do is relieved, whether that is quicker or not.
+            if stays and not pays(place(costs, budgets, manual=now), best):
+                return None
         except PlanError:
             return None  # weights stay packed: a plan that just fits is left alone
-        return self._plan(plan.pipeline, version, facts, best, nodes) if pays(current, best) else None
+        return self._plan(plan.pipeline, version, facts, best, nodes)
 
     # -- what placement is told ---------------------------------------------------------------------------------
 

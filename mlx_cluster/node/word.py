@@ -113,6 +113,7 @@ class OwnWord:
             draining=draining,
             recoveries=recoveries,
             round_trips=round_trips,
+            machine_free_bytes=self._free_bytes,
         )
 
 

@@ -282,6 +282,10 @@ def test_nodes_that_share_a_machine_share_its_memory() -> None:
     assert available_bytes(nodes[0], "tiny", nodes) == 2 * GIB + GIB
     assert available_bytes(nodes[1], "tiny", nodes) == 2 * GIB
     assert available_bytes(nodes[2], "tiny", nodes) == 4 * GIB
+    budgeted = replace(nodes[1], memory_free_bytes=GIB, machine_free_bytes=4 * GIB)
+    assert available_bytes(budgeted, "tiny", nodes) == GIB, "what a budget leaves is not shared"
+    short = replace(budgeted, machine_free_bytes=GIB)
+    assert available_bytes(short, "tiny", nodes) == GIB // 2
 
 
 async def test_one_refusal_does_not_stop_a_push_to_the_others() -> None:

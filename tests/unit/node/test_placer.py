@@ -154,6 +154,19 @@ def test_a_standby_takes_the_layers_of_the_node_that_is_away() -> None:
     assert placer.wanted_split(split, {0, 2, 3}) == {0: (0, 1), 3: (1, 5), 2: (5, 6)}
 
 
+def test_a_standby_is_relieved_by_the_node_that_returns() -> None:
+    placer = ClusterPlacer(cluster(standby=(3,)))
+    stood_in = only(placer, (FOUR[0], FOUR[2], FOUR[3]))
+    relieved = placer.better(stood_in, ModelEntry(), FOUR, 9, (stood_in,))
+    assert relieved is not None
+    assert (held(relieved), relieved.version) == ({0: 2, 1: 2, 2: 2}, 9)
+    assert placer.better(relieved, ModelEntry(), FOUR, 10, (relieved,)) is None
+    small = tuple(replace(node, memory_free_bytes=1700) for node in FOUR)
+    wide = tuple(replace(node, models=(replace(facts(), layer_bytes=(1500,) * 4),)) for node in small)
+    needed = only(placer, wide)
+    assert placer.better(needed, ModelEntry(), wide, 9, (needed,)) is None, "the model fits no other way"
+
+
 def test_a_standby_helps_where_the_model_fits_no_other_way() -> None:
     small = tuple(replace(node, memory_free_bytes=1700) for node in FOUR)
     wide = tuple(replace(node, models=(replace(facts(), layer_bytes=(1500,) * 4),)) for node in small)
