@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests that wait for processes leave the cores to others; each file stays with one worker.
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
-DEV_STAMP := $(VENV)/.installed-dev
+DEV_# Tests that wait for processes leave the cores to others; each file stays with one worker.
+WORKERS ?= 2
+STAMP := $(VENV)/.installed-dev
 
 .PHONY: up test faults sim sim-short check bench proto clean
 
@@ -11,7 +15,7 @@ up: $(STAMP)
 	@exec $(BIN)/mlx-cluster up $(ARGS)
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests --ignore=tests/sim --ignore=tests/faults $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/sim --ignore=tests/faults -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Seeded histories of the election under faults; a failing one prints its seed, --only SEED repeats it.
 sim: $(DEV_STAMP)

@@ -97,7 +97,8 @@ async def attempts(
             pause = draw() * min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures, 16))
             if now + pause >= ends:
                 raise _given_up(error, patience, admitted=admitted) from error
-            _log.info(
+            tell = _log.info if failures == 0 else _log.debug
+            tell(
                 "stream broke" if failures == 0 else "no engine yet",
                 request=request.request_id,
                 choice=request.choice,

@@ -110,6 +110,7 @@ class Session:
         self._metrics = metrics
         self._started_at = started_at
         self._deadline = started_at + limits.first_token_seconds
+        self._shown_at = started_at  # when the client last had something, a keep-alive included
         self._queue: Mailbox[tuple[int, Item]] = Mailbox(QUEUE_EVENTS)
         self._backlog: list[tuple[int, Item]] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -203,6 +204,7 @@ class Session:
             if self._completion_tokens > before:
                 received.inc(self._completion_tokens - before)
             if batch:
+                self._shown_at = asyncio.get_running_loop().time()
                 yield batch
             if failure is not None:
                 raise failure
@@ -278,7 +280,10 @@ class Session:
         batch.append(ChoiceEnd(index, reason, self._completion_tokens, self._choices[index].stop_string))
 
     async def _receive(self) -> list[tuple[int, Item]]:
-        """Everything that is there, after waiting for the first; empty when it is time to show life."""
+        """Everything that is there, after waiting for the first; empty when it is time to show life.
+
+        That time comes also while there is news that no client sees, such as attempts to find an engine.
+        """
         items: list[tuple[int, Item]] = []
         if self._queue.empty():
             now = asyncio.get_running_loop().time()
@@ -287,8 +292,11 @@ class Session:
             if now >= deadline:
                 raise self._too_late()
             try:
-                items.append(await self._queue.get_until(min(deadline, now + self._limits.keepalive_seconds)))
+                items.append(
+                    await self._queue.get_until(min(deadline, self._shown_at + self._limits.keepalive_seconds))
+                )
             except TimeoutError:
+                self._shown_at = asyncio.get_running_loop().time()
                 return []
         while not self._queue.empty():
             items.append(self._queue.get_nowait())

@@ -131,7 +131,7 @@ class Agent:
         self._document_changed = asyncio.Condition()
         self._change_pending = False
         self._watch = NodeWatch(self.history, self.metrics.cluster)
-        self._pipeline_watch = PipelineWatch(self.history)
+        self.pipeline_watch = PipelineWatch(self.history)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heartbeats = HeartbeatThread(
@@ -256,7 +256,7 @@ class Agent:
             self._spawn(push(self.state.document, told, self.peers.put_document), "push document")
 
     def _look_at_pipelines(self) -> None:
-        self._pipeline_watch.look(self.view, self.drivers.statuses(), self._clock())
+        self.pipeline_watch.look(self.view, self.drivers.statuses(), self._clock())
 
     def _must_be_told(self, node_id: int) -> bool:
         node = self.view.node(node_id)

@@ -52,6 +52,10 @@ class PipelineWatch:
         self._served: dict[str, _Served] = {}
         self._lost: dict[str, _Loss] = {}
 
+    def has_served(self, model_id: str) -> bool:
+        """Whether a pipeline of this model has been ready under the eyes of this node."""
+        return any(served.plan.model.id == model_id for served in self._served.values())
+
     def look(self, view: ClusterView, own: Iterable[PipelineStatus], now: float) -> None:
         """``own`` is what this node's drivers say at this moment; its row of the table may be older."""
         words = _words(view, own)

@@ -29,7 +29,8 @@ class NodeRoutes:
     """Implements ``request.Routes``.
 
     ``picture`` gives the view, the leader and the document as of now; ``local_engine`` the engine of a pipeline that
-    this node drives, or None; ``remote_engine`` one on another node, by its comms address and pipeline.
+    this node drives, or None; ``remote_engine`` one on another node, by its comms address and pipeline; ``has_served``
+    says whether a model has been ready since this node came.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class NodeRoutes:
         picture: Callable[[], Picture],
         local_engine: Callable[[str], Engine | None],
         remote_engine: Callable[[str, str], Engine],
+        has_served: Callable[[str], bool],
     ) -> None:
         self._models, self._local, self._picture = models, local, picture
         self._local_engine, self._remote_engine = local_engine, remote_engine
-        self._served_before: set[str] = set()
+        self._has_served = has_served
         self._routed = {
             model_id: RoutedEngine(partial(self._ready, model_id), Router(entry.routing, random.random))
             for model_id, entry in models.items()
@@ -62,7 +64,6 @@ class NodeRoutes:
         ready = self._ready(model_id)
         if not ready:
             raise self._not_ready(model_id)
-        self._served_before.add(model_id)
         return self._routed[model_id] if model_id in self._routed else ready[0].engine
 
     def _not_ready(self, model_id: str) -> Unavailable:
@@ -70,7 +71,7 @@ class NodeRoutes:
         state, detail = report.model_state(model_id, *self._picture())
         text = f"{model_id} is {state}: {detail or 'its engine is starting again'}"
         planned = any(plan.model.id == model_id for plan in self._picture()[2].plans)
-        recovers = model_id in self._served_before and (planned or state == "loading")
+        recovers = self._has_served(model_id) and (planned or state == "loading")
         return Recovering(text) if recovers else Unavailable(text)
 
     def _ready(self, model_id: str) -> list[ReadyReplica]:

@@ -43,7 +43,12 @@ class NodeServers:
         metrics = agent.metrics
         metrics.watch_engines(agent.drivers.statistics)
         routes = NodeRoutes(
-            settings.models, agent.models, agent.picture, agent.drivers.engine, agent.peers.remote_engine
+            settings.models,
+            agent.models,
+            agent.picture,
+            agent.drivers.engine,
+            agent.peers.remote_engine,
+            agent.pipeline_watch.has_served,
         )
         self._admin = admin_app(
             settings.cluster.name, settings, agent.picture, routes, agent.office, operator_routes(Operator(agent))

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from mlx_cluster.errors import Unavailable
+from mlx_cluster.errors import Recovering, StageLost, Unavailable
 from mlx_cluster.gateway import session
+from mlx_cluster.request import Engine
 from mlx_cluster.tokenizer import Tokenizer
 from tests.fake_engine import Script, served_model
 from tests.unit.gateway.conftest import World, running
@@ -225,6 +226,26 @@ async def test_a_waiting_stream_shows_that_it_is_alive(tokenizer_dir: Path, toke
             await reader.readuntil(b": keep-alive\n\n")
             go.release()
             await reader.readuntil(b"data: [DONE]\n\n")
+        await leave(writer)
+
+
+async def test_a_stream_shows_that_it_is_alive_while_an_engine_is_looked_for(
+    tokenizer_dir: Path, tokenizer: Tokenizer
+) -> None:
+    """Attempts come more often than keep-alives are due: they are no life sign to a client."""
+    async with running(tokenizer_dir, tokenizer, keepalive_seconds=0.8, recovery_timeout=60) as world:
+        engine = world.engine(Script(tokens=tokenizer.encode("hello"), fail_after=(1, StageLost("stage 1 died"))))
+
+        def engine_for(_: str) -> Engine:
+            if engine.requests:
+                raise Recovering("comes up")
+            return engine
+
+        world.routes.engine_for = engine_for  # type: ignore[method-assign]
+        reader, writer = await raw_request(world, {**CHAT, "stream": True})
+        async with asyncio.timeout(30):
+            await reader.readuntil(b": keep-alive\n\n")
+            await reader.readuntil(b": keep-alive\n\n")
         await leave(writer)
 
 

@@ -90,8 +90,10 @@ def test_a_killed_stage_is_told_by_the_driver_that_stays_and_its_loss_by_everybo
 def test_the_first_bring_up_is_no_recovery_and_every_loss_is_one() -> None:
     cluster = Cluster()
     cluster.look({0: says("loading", 1, 1)})
+    assert not cluster.watches[1].has_served("tiny")
     cluster.look({0: READY})
     assert cluster.recoveries() == []
+    assert cluster.watches[1].has_served("tiny")
     for incarnation in (2, 3):
         cluster.look({0: says("loading", 1, incarnation - 1, f"loss {incarnation - 1}")})
         cluster.look({0: says("ready", 1, incarnation)})

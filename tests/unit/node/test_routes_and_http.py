@@ -11,7 +11,7 @@ from mlx_cluster.cluster.document import ClusterDocument
 from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.status import PipelineState, PipelineStatus
 from mlx_cluster.config.schema import Settings
-from mlx_cluster.errors import ModelNotFound, Unavailable
+from mlx_cluster.errors import ModelNotFound, Recovering, Unavailable
 from mlx_cluster.metrics import Metrics
 from mlx_cluster.node.http import admin_app, health_app, node_app
 from mlx_cluster.node.models import LocalModels
@@ -39,12 +39,14 @@ class World:
         self.state: PipelineState = "ready"
         self.self_id = 1
         self.local: Engine | None = None
+        self.served: set[str] = set()
         self.routes = NodeRoutes(
             settings.models,
             models,
             self.picture,
             lambda _: self.local,
             lambda address, pipeline: NamedEngine(f"{address}/{pipeline}"),
+            lambda model_id: model_id in self.served,
         )
 
     def picture(self) -> Picture:
@@ -85,6 +87,16 @@ def test_the_own_engine_is_used_where_it_is(world: World) -> None:
 def test_no_engine_before_ready(world: World, state: PipelineState) -> None:
     world.state = state
     with pytest.raises(Unavailable, match=f"tiny is {state}: why not"):
+        world.routes.engine_for("tiny")
+
+
+def test_what_served_before_is_worth_waiting_for(world: World) -> None:
+    world.state = "loading"
+    with pytest.raises(Unavailable) as refused:
+        world.routes.engine_for("tiny")
+    assert not isinstance(refused.value, Recovering)
+    world.served.add("tiny")
+    with pytest.raises(Recovering, match="tiny is loading: why not"):
         world.routes.engine_for("tiny")
 
 
