@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmlx_cluster/_pb/cluster.proto\x12\x0bmlx_cluster\"Z\n\x10HeartbeatRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\r\x12\x13\n\x0bstatus_json\x18\x04 \x01(\t\"6\n\x0eHeartbeatReply\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bstatus_json\x18\x02 \x01(\t\"9\n\x0f\x44ocumentMessage\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x15\n\rdocument_json\x18\x02 \x01(\t\"0\n\x03\x41\x63k\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"U\n\x11StartStageRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\tplan_json\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\t\"\x87\x02\n\rStageProgress\x12\r\n\x05state\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bmlx_address\x18\x05 \x01(\t\x12\x0c\n\x04\x63ode\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x10\n\x08\x63\x61n_trim\x18\x08 \x01(\x08\x12\x1d\n\x15kv_bytes_per_position\x18\t \x01(\x04\x12\x16\n\x0ekv_fixed_bytes\x18\n \x01(\x04\x12\x1c\n\x0fkv_budget_bytes\x18\x0b \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_kv_budget_bytes\"\x85\x01\n\x10LinkStageRequest\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x17\n\x0fstage_addresses\x18\x05 \x03(\t\x12\x15\n\rmlx_addresses\x18\x06 \x03(\t\"R\n\x10StopStageRequest\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"4\n\x0bVoteMessage\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x14\n\x0cmessage_json\x18\x02 \x01(\t2\x8d\x03\n\x07\x43luster\x12G\n\tHeartbeat\x12\x1d.mlx_cluster.HeartbeatRequest\x1a\x1b.mlx_cluster.HeartbeatReply\x12=\n\x0bPutDocument\x12\x1c.mlx_cluster.DocumentMessage\x1a\x10.mlx_cluster.Ack\x12J\n\nStartStage\x12\x1e.mlx_cluster.StartStageRequest\x1a\x1a.mlx_cluster.StageProgress0\x01\x12<\n\tLinkStage\x12\x1d.mlx_cluster.LinkStageRequest\x1a\x10.mlx_cluster.Ack\x12<\n\tStopStage\x12\x1d.mlx_cluster.StopStageRequest\x1a\x10.mlx_cluster.Ack\x12\x32\n\x04Vote\x12\x18.mlx_cluster.VoteMessage\x1a\x10.mlx_cluster.Ackb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmlx_cluster/_pb/cluster.proto\x12\x0bmlx_cluster\"Z\n\x10HeartbeatRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\r\x12\x13\n\x0bstatus_json\x18\x04 \x01(\t\"6\n\x0eHeartbeatReply\x12\x0f\n\x07node_id\x18\x01 \x01(\r\x12\x13\n\x0bstatus_json\x18\x02 \x01(\t\"9\n\x0f\x44ocumentMessage\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x15\n\rdocument_json\x18\x02 \x01(\t\"0\n\x03\x41\x63k\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"d\n\x11StartStageRequest\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\tplan_json\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\t\x12\r\n\x05\x66resh\x18\x05 \x01(\x08\"\x87\x02\n\rStageProgress\x12\r\n\x05state\x18\x01 \x01(\t\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bmlx_address\x18\x05 \x01(\t\x12\x0c\n\x04\x63ode\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x10\n\x08\x63\x61n_trim\x18\x08 \x01(\x08\x12\x1d\n\x15kv_bytes_per_position\x18\t \x01(\x04\x12\x16\n\x0ekv_fixed_bytes\x18\n \x01(\x04\x12\x1c\n\x0fkv_budget_bytes\x18\x0b \x01(\x04H\x00\x88\x01\x01\x42\x12\n\x10_kv_budget_bytes\"\x85\x01\n\x10LinkStageRequest\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x17\n\x0fstage_addresses\x18\x05 \x03(\t\x12\x15\n\rmlx_addresses\x18\x06 \x03(\t\"R\n\x10StopStageRequest\x12\x10\n\x08pipeline\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"4\n\x0bVoteMessage\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x14\n\x0cmessage_json\x18\x02 \x01(\t2\x8d\x03\n\x07\x43luster\x12G\n\tHeartbeat\x12\x1d.mlx_cluster.HeartbeatRequest\x1a\x1b.mlx_cluster.HeartbeatReply\x12=\n\x0bPutDocument\x12\x1c.mlx_cluster.DocumentMessage\x1a\x10.mlx_cluster.Ack\x12J\n\nStartStage\x12\x1e.mlx_cluster.StartStageRequest\x1a\x1a.mlx_cluster.StageProgress0\x01\x12<\n\tLinkStage\x12\x1d.mlx_cluster.LinkStageRequest\x1a\x10.mlx_cluster.Ack\x12<\n\tStopStage\x12\x1d.mlx_cluster.StopStageRequest\x1a\x10.mlx_cluster.Ack\x12\x32\n\x04Vote\x12\x18.mlx_cluster.VoteMessage\x1a\x10.mlx_cluster.Ackb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,15 +40,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACK']._serialized_start=253
   _globals['_ACK']._serialized_end=301
   _globals['_STARTSTAGEREQUEST']._serialized_start=303
-  _globals['_STARTSTAGEREQUEST']._serialized_end=388
-  _globals['_STAGEPROGRESS']._serialized_start=391
-  _globals['_STAGEPROGRESS']._serialized_end=654
-  _globals['_LINKSTAGEREQUEST']._serialized_start=657
-  _globals['_LINKSTAGEREQUEST']._serialized_end=790
-  _globals['_STOPSTAGEREQUEST']._serialized_start=792
-  _globals['_STOPSTAGEREQUEST']._serialized_end=874
-  _globals['_VOTEMESSAGE']._serialized_start=876
-  _globals['_VOTEMESSAGE']._serialized_end=928
-  _globals['_CLUSTER']._serialized_start=931
-  _globals['_CLUSTER']._serialized_end=1328
+  _globals['_STARTSTAGEREQUEST']._serialized_end=403
+  _globals['_STAGEPROGRESS']._serialized_start=406
+  _globals['_STAGEPROGRESS']._serialized_end=669
+  _globals['_LINKSTAGEREQUEST']._serialized_start=672
+  _globals['_LINKSTAGEREQUEST']._serialized_end=805
+  _globals['_STOPSTAGEREQUEST']._serialized_start=807
+  _globals['_STOPSTAGEREQUEST']._serialized_end=889
+  _globals['_VOTEMESSAGE']._serialized_start=891
+  _globals['_VOTEMESSAGE']._serialized_end=943
+  _globals['_CLUSTER']._serialized_start=946
+  _globals['_CLUSTER']._serialized_end=1343
 # @@protoc_insertion_point(module_scope)

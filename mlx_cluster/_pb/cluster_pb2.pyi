@@ -45,16 +45,18 @@ class Ack(_message.Message):
     def __init__(self, ok: _Optional[bool] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class StartStageRequest(_message.Message):
-    __slots__ = ("cluster", "plan_json", "stage", "epoch")
+    __slots__ = ("cluster", "plan_json", "stage", "epoch", "fresh")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     PLAN_JSON_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     plan_json: str
     stage: int
     epoch: str
-    def __init__(self, cluster: _Optional[str] = ..., plan_json: _Optional[str] = ..., stage: _Optional[int] = ..., epoch: _Optional[str] = ...) -> None: ...
+    fresh: bool
+    def __init__(self, cluster: _Optional[str] = ..., plan_json: _Optional[str] = ..., stage: _Optional[int] = ..., epoch: _Optional[str] = ..., fresh: _Optional[bool] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("state", "done_bytes", "total_bytes", "address", "mlx_address", "code", "message", "can_trim", "kv_bytes_per_position", "kv_fixed_bytes", "kv_budget_bytes")

@@ -49,7 +49,9 @@ class ClusterHandler(Protocol):
 
     async def put_document(self, document: ClusterDocument) -> None: ...
 
-    def start_stage(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]: ...
+    def start_stage(
+        self, plan: Plan, index: int, epoch: Epoch, fresh: bool
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]: ...
 
     async def link_stage(self, request: cluster_pb2.LinkStageRequest) -> None: ...
 
@@ -136,7 +138,7 @@ class ClusterService:
         try:
             self._check_cluster(message.cluster)
             plan = Plan.from_json(json.loads(message.plan_json))
-            starting = self._handler.start_stage(plan, message.stage, Epoch.parse(message.epoch))
+            starting = self._handler.start_stage(plan, message.stage, Epoch.parse(message.epoch), message.fresh)
             async with contextlib.aclosing(starting):  # a caller that leaves ends the start
                 async for progress in starting:
                     yield progress
@@ -191,11 +193,11 @@ class ClusterClient:
         await self._acked("PutDocument", message, CALL_SECONDS, idempotent=True)
 
     async def start_stage(
-        self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
+        self, plan: Plan, index: int, epoch: Epoch, fresh: bool, timeout_seconds: float
     ) -> AsyncGenerator[cluster_pb2.StageProgress]:
         """Progress until ``loaded``. Raises the error of the stage's agent, or ``Unavailable``."""
         request = cluster_pb2.StartStageRequest(
-            cluster=self._cluster, plan_json=json.dumps(plan.to_json()), stage=index, epoch=str(epoch)
+            cluster=self._cluster, plan_json=json.dumps(plan.to_json()), stage=index, epoch=str(epoch), fresh=fresh
         )
         failure: cluster_pb2.StageProgress | None = None
         with self._guard.passing():

@@ -98,6 +98,7 @@ class PipelineEngine:
         self.epoch = epoch
         self.lost = asyncio.Event()
         self.lost_reason = ""
+        self.hung: int | None = None  # the stage that ended the epoch by its silence, if one did
         self._max_context = max_context
         self._report_deadline_seconds = report_deadline_seconds
         self._max_rows = settings.max_rows
@@ -447,6 +448,7 @@ class PipelineEngine:
             now = loop.time()
             for stream in self._streams:
                 if self._heard_nothing(stream, now):
+                    self.hung = stream.index
                     self._on_stage_lost(stream.index, f"silent for {stream.silent_seconds(now):.1f} s")
                     return
                 stream.tick()
@@ -475,8 +477,9 @@ class PipelineEngine:
         for trip in self._trips.values():
             waited = now - trip.left_at
             if waited > self._report_deadline_seconds:
+                self.hung = min(trip.reported, len(self._streams) - 1)
                 self._on_stage_lost(
-                    min(trip.reported, len(self._streams) - 1),
+                    self.hung,
                     f"microbatch {trip.microbatch.id} is not reported after {waited:.0f} s",
                 )
             return  # the oldest comes first

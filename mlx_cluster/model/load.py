@@ -50,12 +50,15 @@ def load_slice(
     dequantize: Dequantize = "auto",
     memory_budget_bytes: int | None = None,
     kv: KvFormat | None = None,
+    known: dict[str, mx.array] | None = None,
     on_progress: Progress | None = None,
 ) -> LoadedSlice:
     """Load layers ``[start, end)``. Call it on the thread that will run the slice.
 
     On a CPU all floating weights become float32, because mlx has fast kernels for nothing else there, and quantized
     weights become dense when that fits (``auto``). On a GPU weights stay as they are stored.
+    ``known`` are evaluated weights of another slice of this checkpoint by name: those that this one has too, in the
+    same form, are not read again. The mapping is emptied, so that the rest is freed before anything is read.
     Raises ``CheckpointError``, ``UnsupportedModel``, ``PlanError``.
     """
     checkpoint.validate(model_dir)
@@ -74,6 +77,8 @@ def load_slice(
     if dense:
         dequantize_model(model)
     part = ModelSlice(model, start, end, kv)
+    if known:
+        _take_over(part, known)
     return LoadedSlice(part, chosen, _read(part, on_progress))
 
 
@@ -120,6 +125,18 @@ def _cast_to_float32(model: Any) -> None:
         return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
     model.update(tree_map(cast, model.parameters()))
+
+
+def _take_over(part: ModelSlice, known: dict[str, mx.array]) -> None:
+    """Put known weights in the place of those that have the same name, shape and type; empties ``known``."""
+    same = [
+        (name, known[name])
+        for name, array in part.parameters_read().items()
+        if name in known and (known[name].shape, known[name].dtype) == (array.shape, array.dtype)
+    ]
+    known.clear()
+    part.model.load_weights(same, strict=False)
+    mx.clear_cache()
 
 
 def _read(part: ModelSlice, on_progress: Progress | None) -> int:

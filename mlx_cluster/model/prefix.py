@@ -78,6 +78,10 @@ class Entries:
             caches, positions = fetched
             self._entries[entry] = _Entry(caches, positions, row_cache.num_bytes(caches))
 
+    def clear(self) -> None:
+        """Forget all entries; files on the disk stay."""
+        self._entries.clear()
+
     def evict(self, entry: int) -> None:
         """Forget an entry; unknown ids are ignored, as a stage may have failed to keep one."""
         self._entries.pop(entry, None)

@@ -74,13 +74,15 @@ class PrefixDisk:
         self._root, self._max_bytes = root, max_bytes
         self._folder = root / hashlib.blake2b(f"{FORMAT}/{fingerprint}".encode(), digest_size=16).hexdigest()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._unwritten: queue.Queue[_Unwritten] = queue.Queue(MAX_UNWRITTEN)
+        self._unfinished = f".{os.getpid()}{_UNFINISHED}"
+        self._unwritten: queue.Queue[_Unwritten | None] = queue.Queue(MAX_UNWRITTEN)
         threading.Thread(target=self._write_always, name="prefix-disk", daemon=True).start()
 
     def entries(self) -> list[Saved]:
         """What lies here, the most recently used last. Files that are not whole are removed."""
         for path in self._folder.glob(f"*{_UNFINISHED}"):
-            path.unlink(missing_ok=True)
+            if not path.name.endswith(self._unfinished):  # what this process is writing will be whole
+                path.unlink(missing_ok=True)
         found = sorted(self._folder.glob(f"*{SUFFIX}"), key=_used_at)
         listed = [self._checked(path, lambda path: _read_header(path).saved) for path in found]
         return [saved for saved in listed if saved is not None]
@@ -110,6 +112,10 @@ class PrefixDisk:
                 os.utime(path)  # it was used now
         return loaded
 
+    def close(self) -> None:
+        """End the thread that writes, behind what is left to be written."""
+        self._unwritten.put(None)
+
     def flush(self) -> None:
         """Wait until everything is written."""
         self._unwritten.join()
@@ -130,8 +136,7 @@ class PrefixDisk:
     # -- writer thread --------------------------------------------------------------------------------
 
     def _write_always(self) -> None:
-        while True:
-            item = self._unwritten.get()
+        while (item := self._unwritten.get()) is not None:
             try:
                 self._write(item)
                 self._make_room()
@@ -147,7 +152,7 @@ class PrefixDisk:
     def _write(self, item: _Unwritten) -> None:
         buffers = [memoryview(payload).cast("B") for payload in item.payloads]
         header = _header(item, _checksum(buffers))
-        unfinished = self._folder / f"{item.saved.digest.hex()}.{os.getpid()}{_UNFINISHED}"
+        unfinished = self._folder / f"{item.saved.digest.hex()}{self._unfinished}"
         try:
             with unfinished.open("wb") as file:
                 file.write(_HEADER_LENGTH.pack(len(header)) + header)

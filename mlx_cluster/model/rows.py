@@ -109,6 +109,12 @@ class Rows:
         own = sum(row_cache.num_bytes(row.caches) for row in self._rows.values() if row.caches is not None)
         return own + sum(group.num_bytes for group in self._groups.values())
 
+    def clear(self) -> None:
+        """Forget all rows, groups and entries; entries on the disk stay."""
+        self._rows.clear()
+        self._groups.clear()
+        self.entries.clear()
+
     def is_missing(self, row: int) -> bool:
         """Whether the row is to be passed over in silence."""
         return row in self._rows and self._rows[row].missing

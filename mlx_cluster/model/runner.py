@@ -64,9 +64,12 @@ class SliceRunner:
         dequantize: Dequantize = "auto",
         memory_budget_bytes: int | None = None,
         kv: KvFormat | None = None,
+        known: dict[str, mx.array] | None = None,
         on_progress: Progress | None = None,
     ) -> SliceRunner:
         """Load layers ``[start, end)`` on the calling thread, which every later call must come from.
+
+        ``known`` are weights of another slice of the same checkpoint, from its ``retire``.
 
         Raises ``CheckpointError``, ``UnsupportedModel``, ``PlanError``.
         """
@@ -78,6 +81,7 @@ class SliceRunner:
             dequantize=dequantize,
             memory_budget_bytes=memory_budget_bytes,
             kv=kv,
+            known=known,
             on_progress=on_progress,
         )
         return cls(loaded, model_dir)
@@ -99,11 +103,26 @@ class SliceRunner:
 
     def keep_on_disk(self, root: Path, max_bytes: int, model: str) -> list[Saved]:
         """From now on entries go to the disk too; what lies there already. ``model`` names the checkpoint."""
+        if self._rows.entries.disk is not None:
+            return self._rows.entries.disk.entries()
         part = self.slice
         kinds = [type(cache).__name__ for cache in row_cache.parts(part.make_caches())]
         fingerprint = f"{model}/{part.start}-{part.end}/{floating_dtype(part)}/{self.row_cost}/{part.kv}/{kinds}"
         disk = self._rows.entries.disk = PrefixDisk(root, max_bytes, fingerprint)
         return disk.entries()
+
+    def drop(self) -> None:
+        """Forget all rows, groups and entries. Returns when the device has done everything that it was given."""
+        mx.synchronize()
+        self._rows.clear()
+        mx.clear_cache()
+
+    def retire(self) -> dict[str, mx.array]:
+        """The slice's weights by name, for another slice; this one is of no use any more."""
+        self.drop()
+        if self._rows.entries.disk is not None:
+            self._rows.entries.disk.close()
+        return self.slice.parameters_read()
 
     @cached_property
     def can_trim(self) -> bool:

@@ -372,7 +372,9 @@ class Agent:
     async def put_document(self, document: ClusterDocument) -> None:
         self._take(document)
 
-    async def start_stage(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
+    async def start_stage(
+        self, plan: Plan, index: int, epoch: Epoch, fresh: bool
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
         """Start a stage that the document in force gives to this node. Raises ``Fenced`` otherwise."""
         await self._await_document(plan)
         ours = self.state.document.plan(plan.pipeline)
@@ -383,7 +385,7 @@ class Agent:
             )
         if plan.stages[index].node_id != self.identity.node_id or epoch.version != plan.version:
             raise Fenced(f"stage {index} of {plan.pipeline} in epoch {epoch} is not {self.identity.name}'s")
-        starting = self.stages.start(plan, index, epoch)
+        starting = self.stages.start(plan, index, epoch, fresh=fresh)
         async with contextlib.aclosing(starting):  # a driver that leaves ends the start
             async for progress in starting:
                 yield progress

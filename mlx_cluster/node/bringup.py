@@ -3,7 +3,8 @@
 Owns: the order load everywhere → link everywhere → engine → canary → ready, the incarnations of a plan, the fall-back
 from an mlx link to gRPC, and the pauses between attempts.
 Does not own: which plan is in force (the cluster document), the stage processes (``stages``), the streams (``engine``).
-Invariant: an engine is offered only after a token went through all its stages; every attempt has an epoch of its own.
+Invariant: an engine is offered only after a token went through all its stages; every attempt has an epoch of its own;
+processes that came up together and then did not work together are not kept for the next attempt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mlx_cluster.errors import ClusterError, LinkUnavailable, StageLost, Unavail
 from mlx_cluster.node.traffic import Traffic
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.request import Engine
+from mlx_cluster.transport.choose import MLX_KINDS
 
 _log = log.get(__name__)
 T = TypeVar("T")
@@ -34,7 +36,7 @@ class StageAgent(Protocol):
     """A node's agent as the driver sees it; ``cluster.rpc.ClusterClient`` is one."""
 
     def start_stage(
-        self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
+        self, plan: Plan, index: int, epoch: Epoch, fresh: bool, timeout_seconds: float
     ) -> AsyncGenerator[cluster_pb2.StageProgress]: ...
 
     async def link_stage(self, request: cluster_pb2.LinkStageRequest, timeout_seconds: float) -> None: ...
@@ -50,6 +52,11 @@ class DrivenEngine(Engine, Protocol):
 
     @property
     def lost_reason(self) -> str: ...
+
+    @property
+    def hung(self) -> int | None:
+        """The stage that ended the epoch by its silence, if one did."""
+        ...
 
     @property
     def running(self) -> int: ...
@@ -108,6 +115,7 @@ class PipelineDriver:
         self._engine: DrivenEngine | None = None
         self._status = PipelineStatus(plan, Epoch(plan.version, 0), "loading", "not started yet")
         self._failed_kinds: dict[str, str] = {}
+        self._hung: int | None = None  # the stage whose process must not be kept
         self._traffic = Traffic()
         self._nodes_changed = asyncio.Event()
 
@@ -163,8 +171,10 @@ class PipelineDriver:
         epoch = self._next_epoch(self.plan)
         self._status = PipelineStatus(plan, epoch, "loading", "starting the stages")
         self._on_change()
+        came_up = False
         try:
             loaded = await _all(self._load(plan, stage.index, epoch) for stage in plan.stages)
+            came_up, self._hung = True, None
             addresses = [progress.address for progress in loaded]
             self._tell("loading", f"linking the stages ({plan.transport})")
             mlx_addresses = [progress.mlx_address for progress in loaded]
@@ -176,7 +186,9 @@ class PipelineDriver:
             await engine.start(self._timing.link_seconds)
             await engine.canary(self._timing.canary_seconds)
         except ClusterError:
-            await self._stop_stages(plan, epoch)
+            # Where only some could not load the others wait for the next attempt, which goes on with what they hold.
+            if came_up or plan.transport in MLX_KINDS:
+                await self._stop_stages(plan, epoch)
             raise
         self._tell("ready", "")
         _log.info("pipeline ready", pipeline=plan.pipeline, epoch=str(epoch), transport=plan.transport)
@@ -184,7 +196,7 @@ class PipelineDriver:
 
     async def _load(self, plan: Plan, index: int, epoch: Epoch) -> cluster_pb2.StageProgress:
         agent = self._agents(plan.stages[index].node_id)
-        starting = agent.start_stage(plan, index, epoch, self._timing.load_seconds)
+        starting = agent.start_stage(plan, index, epoch, index == self._hung, self._timing.load_seconds)
         async with contextlib.aclosing(starting):
             async for progress in starting:
                 if progress.state == "loaded":
@@ -265,6 +277,7 @@ class PipelineDriver:
     async def _end_engine(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
+            self._hung = engine.hung
             await engine.stop(StageLost(self._status.detail or f"pipeline {self.plan.pipeline} is being replaced"))
 
     def _tell(self, state: PipelineState, detail: str) -> None:

@@ -64,6 +64,10 @@ class ComposedEngine:
         return self._pipeline.lost_reason
 
     @property
+    def hung(self) -> int | None:
+        return self._pipeline.hung
+
+    @property
     def running(self) -> int:
         return self._pipeline.running
 

@@ -83,10 +83,10 @@ class OwnAgent:
         self._handler = handler
 
     async def start_stage(
-        self, plan: Plan, index: int, epoch: Epoch, timeout_seconds: float
+        self, plan: Plan, index: int, epoch: Epoch, fresh: bool, timeout_seconds: float
     ) -> AsyncGenerator[cluster_pb2.StageProgress]:
         """The deadline is the stage process's own here."""
-        starting = self._handler.start_stage(plan, index, epoch)
+        starting = self._handler.start_stage(plan, index, epoch, fresh)
         async with contextlib.aclosing(starting):
             async for progress in starting:
                 yield progress

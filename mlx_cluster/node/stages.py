@@ -1,16 +1,17 @@
 """The stage processes of this node.
 
-Owns: at most one process per (pipeline, stage index), its leased mlx port, and what the node says of it.
+Owns: at most one process per (pipeline, stage index), its leased mlx port, and what the node says of it; which process
+of an older epoch goes over to a newer one with its weights.
 Does not own: whether the cluster document asks for the stage (``agent``), the process itself (``stage.process``).
-Invariant: a stage of an older epoch never starts, and whatever this node holds of a pipeline's older epochs has been
-killed before a newer one starts.
+Invariant: a stage of an older epoch never starts; before a newer one starts, whatever this node holds of a pipeline's
+older epochs has been killed, or has answered in time that it let go of everything but its weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mlx_cluster import log
@@ -21,10 +22,11 @@ from mlx_cluster.config.quantity import format_bytes
 from mlx_cluster.errors import ClusterError, Fenced, StageStartError
 from mlx_cluster.node.leases import Lease, PortLeases
 from mlx_cluster.node.state import NodeState
-from mlx_cluster.plan import Epoch, Plan
+from mlx_cluster.plan import Epoch, Plan, StageAssignment
 from mlx_cluster.stage.spec import LinkCommand, StageEvent, StageSpec
 
 STOP_GRACE_SECONDS = 3.0
+HUNG_GRACE_SECONDS = 0.2  # a process that does not answer does not hear SIGTERM either
 _WITHOUT_MLX = ("inprocess", "grpc")  # transports that need no port of the leased range
 
 _log = log.get(__name__)
@@ -39,6 +41,12 @@ class StageHandle(Protocol):
     async def loaded(self) -> StageEvent: ...
 
     async def link(self, command: LinkCommand) -> None: ...
+
+    def can_become(self, spec: StageSpec) -> bool: ...
+
+    async def adopt(
+        self, spec: StageSpec, *, on_progress: Callable[[StageEvent], None], on_exit: Callable[[str], None]
+    ) -> None: ...
 
     async def stop(self, grace_seconds: float = ...) -> None: ...
 
@@ -74,6 +82,15 @@ class _Held:
     total_bytes: int = 0
     detail: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def node_id(self) -> int:
+        return self.plan.stages[self.index].node_id
+
+    def num_layers_of(self, stage: StageAssignment) -> int:
+        """How many layers of another stage are here."""
+        own = self.plan.stages[self.index]
+        return max(0, min(own.end, stage.end) - max(own.start, stage.start))
 
     def status(self) -> StageStatus:
         stage = self.plan.stages[self.index]
@@ -130,12 +147,16 @@ class StageHost:
 
     # -- start -----------------------------------------------------------------------------------------
 
-    async def start(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
+    async def start(
+        self, plan: Plan, index: int, epoch: Epoch, *, fresh: bool = False
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
         """Start a stage and follow it until it is loaded; the last progress carries its addresses.
 
+        A process that holds layers of the pipeline from an older epoch goes on with them, unless ``fresh`` says that
+        the one of this stage is known to hang.
         Closing the iterator before that stops the stage. Raises ``Fenced``, ``CheckpointError``, ``StageStartError``.
         """
-        held = await self._spawn(plan, index, epoch)
+        held = await self._spawn(plan, index, epoch, fresh)
         assert held.process is not None
         finished = asyncio.create_task(held.process.loaded(), name=f"load {plan.pipeline} {index}")
         finished.add_done_callback(lambda _: held.changed.set())
@@ -181,35 +202,93 @@ class StageHost:
         _log.info("memory for rows", stage=held.index, kv_budget=format_bytes(budget), positions=positions)
         return budget
 
-    async def _spawn(self, plan: Plan, index: int, epoch: Epoch) -> _Held:
+    async def _spawn(self, plan: Plan, index: int, epoch: Epoch, fresh: bool) -> _Held:
         async with self._lock(plan.pipeline):
             self._state.see(plan.pipeline, epoch)
             current = self._held.get((plan.pipeline, index))
             if current is not None and current.epoch >= epoch:
                 raise Fenced(f"stage {index} of {plan.pipeline} was already started in epoch {current.epoch}")
-            await self._end_pipeline(plan.pipeline, older_than=epoch)
-            spec = self._make_spec(plan, index, epoch)
-            held = _Held(plan, index, epoch, granted_bytes=spec.memory_budget_bytes, compression=spec.compression)
-            if plan.transport not in _WITHOUT_MLX:
-                held.lease = self._leases.lease(self._mlx_host)
-            self._held[(plan.pipeline, index)] = held
-            try:
-                held.process = await self._start_process(
-                    spec,
-                    on_progress=lambda event: self._on_progress(held, event),
-                    on_exit=lambda reason: self._on_exit(held, reason),
-                )
-            except ClusterError as error:
-                self._fail(held, str(error))
-                raise
+            kept = None if fresh else self._keepable(plan, index)
+            grace_seconds = HUNG_GRACE_SECONDS if fresh else STOP_GRACE_SECONDS
+            await self._end_pipeline(plan.pipeline, epoch, but=kept, grace_seconds=grace_seconds)
+            held = await self._go_over(kept, plan, index, epoch) if kept is not None else None
+            if held is None:
+                held = await self._start_afresh(plan, index, epoch)
             held.state = "loading"
             self._on_change()
             return held
+
+    async def _start_afresh(self, plan: Plan, index: int, epoch: Epoch) -> _Held:
+        spec = replace(self._make_spec(plan, index, epoch), keep=plan.transport in _WITHOUT_MLX)
+        held = self._enter(spec)
+        try:
+            if not spec.keep:
+                held.lease = self._leases.lease(self._mlx_host)
+            held.process = await self._start_process(
+                spec,
+                on_progress=lambda event: self._on_progress(held, event),
+                on_exit=lambda reason: self._on_exit(held, reason),
+            )
+        except ClusterError as error:
+            self._fail(held, str(error))
+            raise
+        return held
+
+    def _enter(self, spec: StageSpec) -> _Held:
+        """A new line in the table."""
+        held = _Held(
+            spec.plan, spec.index, spec.epoch, granted_bytes=spec.memory_budget_bytes, compression=spec.compression
+        )
+        self._held[(spec.plan.pipeline, spec.index)] = held
+        return held
+
+    # -- keeping layers --------------------------------------------------------------------------------
+
+    def _keepable(self, plan: Plan, index: int) -> _Held | None:
+        """What this node has of the pipeline's layers in a process that may go on under ``plan``."""
+        if plan.transport not in _WITHOUT_MLX:
+            return None  # an mlx group cannot be made twice in a process
+        stage = plan.stages[index]
+        found = [
+            held
+            for held in self._held.values()
+            if held.plan.pipeline == plan.pipeline
+            and held.plan.model == plan.model
+            and held.process is not None
+            and held.lease is None
+        ]
+        return max(found, key=lambda held: held.num_layers_of(stage), default=None)
+
+    async def _go_over(self, kept: _Held, plan: Plan, index: int, epoch: Epoch) -> _Held | None:
+        """Have a process of an older epoch go over to this one; None where it cannot, and then it is gone."""
+        spec = replace(self._make_spec(plan, index, epoch), keep=True)
+        process = kept.process
+        del self._held[(kept.plan.pipeline, kept.index)]
+        if process is None or not process.can_become(spec):
+            await self._end(kept)
+            return None
+        held = self._enter(spec)
+        kept.process = None  # whoever still follows the older epoch must not end it
+        try:
+            await process.adopt(
+                spec,
+                on_progress=lambda event: self._on_progress(held, event),
+                on_exit=lambda reason: self._on_exit(held, reason),
+            )
+        except ClusterError as error:
+            _log.warning("a stage process is not kept", pipeline=plan.pipeline, stage=index, reason=str(error))
+            return None
+        held.process = process
+        _log.info("a stage process is kept", pipeline=plan.pipeline, stage=index, epoch=str(epoch), pid=process.pid)
+        return held
 
     def _on_progress(self, held: _Held, event: StageEvent) -> None:
         if event.type == "loading":
             held.done_bytes, held.total_bytes = event.done_bytes, event.total_bytes
             held.changed.set()
+        elif event.type == "ended":
+            held.state, held.detail = "loaded", event.message
+            self._on_change()
 
     def _on_exit(self, held: _Held, reason: str) -> None:
         _log.warning("stage process ended", pipeline=held.plan.pipeline, stage=held.index, reason=reason)
@@ -269,12 +348,21 @@ class StageHost:
         self._on_change()
 
     async def keep_only(self, plans: Iterable[Plan]) -> None:
-        """Stop what belongs to no plan in force: another pipeline, or an older version of one."""
-        versions = {plan.pipeline: plan.version for plan in plans}
+        """Stop what belongs to no plan in force: another pipeline, or an older version of one.
+
+        What a newer plan can go on with stays, and serves nothing until that plan's driver asks for it.
+        """
+        in_force = {plan.pipeline: plan for plan in plans}
         for pipeline in {held.plan.pipeline for held in self._held.values()}:
-            version = versions.get(pipeline)
+            plan = in_force.get(pipeline)
             async with self._lock(pipeline):
-                await self._end_pipeline(pipeline, older_than=None if version is None else Epoch(version, 0))
+                if plan is None:
+                    await self._end_pipeline(pipeline, older_than=None)
+                    continue
+                nodes = {held.node_id for held in self._held.values() if held.plan.pipeline == pipeline}
+                own = next((stage.index for stage in plan.stages if stage.node_id in nodes), None)
+                kept = None if own is None else self._keepable(plan, own)
+                await self._end_pipeline(pipeline, Epoch(plan.version, 0), but=kept)
         self._on_change()
 
     async def stop_all(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
@@ -282,14 +370,21 @@ class StageHost:
         self._held.clear()
         await asyncio.gather(*(self._end(each, grace_seconds) for each in held))
 
-    async def _end_pipeline(self, pipeline: str, older_than: Epoch | None) -> None:
-        """End this node's stages of a pipeline; ``older_than`` None ends all of them."""
+    async def _end_pipeline(
+        self,
+        pipeline: str,
+        older_than: Epoch | None,
+        *,
+        but: _Held | None = None,
+        grace_seconds: float = STOP_GRACE_SECONDS,
+    ) -> None:
+        """End this node's stages of a pipeline, all ``but`` one; ``older_than`` None: of every epoch."""
         gone = [
             key
             for key, held in self._held.items()
-            if key[0] == pipeline and (older_than is None or held.epoch < older_than)
+            if key[0] == pipeline and held is not but and (older_than is None or held.epoch < older_than)
         ]
-        await asyncio.gather(*(self._end(self._held.pop(key)) for key in gone))
+        await asyncio.gather(*(self._end(self._held.pop(key), grace_seconds) for key in gone))
 
     async def _end(self, held: _Held, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
         """Kill and reap; the lease comes back only when the process is gone."""

@@ -128,7 +128,9 @@ class _OnlyVotes:
     async def put_document(self, document: ClusterDocument) -> None:
         self._refuse()
 
-    async def start_stage(self, plan: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
+    async def start_stage(
+        self, plan: Plan, index: int, epoch: Epoch, fresh: bool
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
         self._refuse()
         yield cluster_pb2.StageProgress()
 

@@ -1,32 +1,32 @@
-"""The life of a stage process: spec, load, link, run, end.
+"""The life of a stage process: spec, load, link, run, end; or, instead of the end, the spec of another epoch.
 
 Owns: the order of these steps, the JSON lines on stdin and stdout, the kernel timer and the exit code.
-Does not own: the loop (``worker``), the port (``service``), what the agent makes of the events (``process``).
-Invariant: every end but an orderly one is told to the agent by a ``failed`` event first, when Python still runs.
+Does not own: the loop (``worker``), the port (``service``), the weights (``loaded``), what the agent makes of the
+events (``process``).
+Invariant: every end but an orderly one is told to the agent by a ``failed`` event first, when Python still runs. A word
+of another epoch is said only after links and stream of the one before are closed and the device is done with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlx_cluster import lifeline, log
-from mlx_cluster.errors import ClusterError
-from mlx_cluster.microbatch import Held, Runner, Saved
+from mlx_cluster.errors import ClusterError, Fenced, LinkClosed, LinkTimeout
 from mlx_cluster.stage.compression import CompressingRunner
 from mlx_cluster.stage.device import DeviceThread
-from mlx_cluster.stage.emulation import EmulatedRunner
-from mlx_cluster.stage.faults import FaultyRunner
-from mlx_cluster.stage.service import StageService
-from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, TICK_LINE, LinkCommand, StageEvent, StageSpec
+from mlx_cluster.stage.loaded import Facts, LoadedStage, Progress
+from mlx_cluster.stage.service import EpochStream, StageService
+from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, TICK_LINE, LinkCommand, StageEvent, StageSpec, parse_command
 from mlx_cluster.stage.worker import Worker
 from mlx_cluster.transport.choose import MLX_KINDS
 from mlx_cluster.transport.link import StagePosition
@@ -40,20 +40,15 @@ _PROGRESS_SECONDS = 0.25
 
 logger = log.get("stage")
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """What the mlx thread made of the spec."""
+class _Epoch:
+    """What serves one epoch; ``stage`` outlives it."""
 
-    runner: Runner
-    held: Callable[[], Held]
-    memory_bytes: int
-    can_trim: bool
-    kv_fixed_bytes: int
-    kv_bytes_per_position: int
-    saved: tuple[Saved, ...] = ()
+    spec: StageSpec
+    facts: Facts
+    stage: LoadedStage
+    stream: EpochStream
 
 
 def main() -> int:
@@ -158,38 +153,74 @@ class StageChild:
 
     async def _live(self, agent: AgentVoice, cleanup: contextlib.AsyncExitStack) -> None:
         spec = StageSpec.from_line(await agent.next_line())
-        log.configure(spec.log_level, pipeline=spec.plan.pipeline, stage=spec.index, epoch=str(spec.epoch))
+        _log_as(spec)
         device = DeviceThread()
         cleanup.push_async_callback(_close_device, device)
-        service = StageService(spec)
+        service = StageService(spec.host, spec.port)
         cleanup.push_async_callback(service.close)
+        links = await cleanup.enter_async_context(contextlib.AsyncExitStack())
         address = await service.start()
-        loaded = await device.call(lambda: load(spec, self._progress()))
-        self._events.emit(
-            StageEvent(
-                "loaded",
-                address=address,
-                memory_bytes=loaded.memory_bytes,
-                can_trim=loaded.can_trim,
-                kv_fixed_bytes=loaded.kv_fixed_bytes,
-                kv_bytes_per_position=loaded.kv_bytes_per_position,
+        stage = LoadedStage()
+        while True:
+            stream = service.enter(spec)
+            facts = await device.call(functools.partial(stage.load, spec, self._progress()))
+            self._events.emit(
+                StageEvent(
+                    "loaded",
+                    address=address,
+                    memory_bytes=facts.memory_bytes,
+                    can_trim=facts.can_trim,
+                    kv_fixed_bytes=facts.kv_fixed_bytes,
+                    kv_bytes_per_position=facts.kv_bytes_per_position,
+                )
             )
-        )
-        command = LinkCommand.from_line(await agent.next_line())
-        links = await self._link(spec, command, device, service, agent)
-        cleanup.push_async_callback(links.close)
+            following = await self._serve_epoch(_Epoch(spec, facts, stage, stream), device, service, agent, links)
+            # What an epoch began it ends, before a word of the next one is said.
+            await links.aclose()
+            await device.call(stage.drop)
+            spec = await following
+            _log_as(spec)
+            logger.info("the stage goes over to another epoch", epoch=str(spec.epoch), layers=spec.layers)
+            self._events.emit(StageEvent("adopted"))
+
+    async def _serve_epoch(
+        self,
+        epoch: _Epoch,
+        device: DeviceThread,
+        service: StageService,
+        agent: AgentVoice,
+        links: contextlib.AsyncExitStack,
+    ) -> asyncio.Future[StageSpec]:
+        """From loaded to the end of the epoch; gives the spec of the next one, which the agent may still have to say.
+
+        Raises what ends the process.
+        """
+        spec, stream = epoch.spec, epoch.stream
+        following: asyncio.Future[StageSpec] = asyncio.get_running_loop().create_future()
+        command = parse_command(await agent.next_line())
+        if isinstance(command, StageSpec):  # another stage of the pipeline did not load
+            following.set_result(command)
+            return following
+        ends = await self._link(spec, command, device, service, agent)
+        links.push_async_callback(ends.close)
         worker = Worker(
             spec.index,
-            CompressingRunner(loaded.runner, sends=links.send is not None and spec.compression != "off"),
+            CompressingRunner(epoch.stage.runner, sends=ends.send is not None and spec.compression != "off"),
             device,
-            receive=links.receive,
-            send=links.send,
+            receive=ends.receive,
+            send=ends.send,
             link_timeout_seconds=spec.link_timeout_seconds,
-            on_report=service.report,
+            on_report=stream.report,
         )
-        service.begin(worker, loaded.saved, loaded.held)
-        self._events.emit(StageEvent("linked", address=address))
-        await _serve(worker, service)
+        stream.begin(worker, epoch.facts.saved, epoch.stage.held)
+        self._events.emit(StageEvent("linked"))
+        following = asyncio.create_task(_next_spec(agent), name="spec of the next epoch")
+        error = await _serve(worker, stream, following)
+        if not spec.keep:
+            raise error
+        logger.info("the epoch is over", code=error.code, error=str(error))
+        self._events.emit(StageEvent("ended", code=error.code, message=str(error)))
+        return following
 
     async def _link(
         self, spec: StageSpec, command: LinkCommand, device: DeviceThread, service: StageService, agent: AgentVoice
@@ -221,22 +252,39 @@ class StageChild:
         return on_progress
 
 
-async def _serve(worker: Worker, service: StageService) -> None:
-    """Work until the epoch is over; always raises why."""
+async def _next_spec(agent: AgentVoice) -> StageSpec:
+    return StageSpec.from_line(await agent.next_line())
+
+
+async def _serve(worker: Worker, stream: EpochStream, following: asyncio.Future[StageSpec]) -> ClusterError:
+    """Work until the epoch is over. Gives why, when others ended it; raises what went wrong here.
+
+    Others: the agent, by the spec of the next epoch; the engine; a neighbour that is gone or silent.
+    """
     work = asyncio.create_task(worker.run(), name="worker")
-    engine = asyncio.create_task(service.ended(), name="engine stream")
+    engine = asyncio.create_task(stream.ended(), name="engine stream")
     try:
-        await asyncio.wait((work, engine), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise engine.result()
-        await work
+        await asyncio.wait((work, engine, following), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            await work
+        if following.done():
+            raise Fenced(f"the epoch is over: {following.result().epoch} took over")
+        raise engine.result()
     except ClusterError as error:
-        await service.fail(error)
-        raise
+        by_others = not work.done() or isinstance(error, (LinkClosed, LinkTimeout))
+        work.cancel()  # nothing more is computed for this epoch
+        await stream.fail(error)
+        if not by_others:
+            raise
+        return error
     finally:
         for task in (work, engine):
             task.cancel()
         await asyncio.gather(work, engine, return_exceptions=True)
+
+
+def _log_as(spec: StageSpec) -> None:
+    log.configure(spec.log_level, pipeline=spec.plan.pipeline, stage=spec.index, epoch=str(spec.epoch))
 
 
 async def _close_device(device: DeviceThread) -> None:
@@ -244,37 +292,3 @@ async def _close_device(device: DeviceThread) -> None:
         # Stuck in native code: the interpreter's own shutdown could hang or crash beside it.
         logger.warning("the mlx thread is stuck: the process ends without it")
         os._exit(EXIT_CRASHED)
-
-
-def load(spec: StageSpec, on_progress: Progress) -> Slice:
-    """Make the runner; on the mlx thread. Raises ``CheckpointError``, ``UnsupportedModel``, ``StageStartError``."""
-    assignment = spec.plan.stages[spec.index]
-    last = spec.index == spec.plan.num_stages - 1
-    if spec.emulation is not None:
-        runner = EmulatedRunner(spec.emulation, last=last)
-        return Slice(runner, runner.held, memory_bytes=0, can_trim=True, kv_fixed_bytes=0, kv_bytes_per_position=0)
-    from mlx_cluster.model.quantized_cache import KvFormat
-    from mlx_cluster.model.runner import SliceRunner  # only here: an emulated stage must not need mlx
-
-    loaded = SliceRunner.load(
-        Path(spec.model_dir),
-        assignment.start,
-        assignment.end,
-        device=spec.device,
-        dequantize=spec.dequantize,
-        memory_budget_bytes=spec.memory_budget_bytes,
-        kv=KvFormat(spec.kv_bits, spec.kv_group_size) if spec.kv_bits is not None else None,
-        on_progress=on_progress,
-    )
-    loaded.warm_up()
-    disk = spec.prefix_disk
-    saved = loaded.keep_on_disk(Path(disk.path), disk.max_bytes, spec.plan.model.manifest_hash) if disk else []
-    return Slice(
-        FaultyRunner(loaded, spec.faults) if spec.faults is not None else loaded,
-        loaded.held,
-        memory_bytes=loaded.memory_bytes,
-        can_trim=loaded.can_trim,
-        kv_fixed_bytes=loaded.kv_fixed_bytes,
-        kv_bytes_per_position=loaded.kv_bytes_per_position,
-        saved=tuple(saved),
-    )

@@ -1,7 +1,8 @@
 """The agent's side of a stage process: start it, follow it, tell it to link, stop it.
 
-Owns: the child's environment, its ticks, the deadlines on loading and linking, and the words for how it ended.
-Does not own: when a stage is started or what follows its end (``node``).
+Owns: the child's environment, its ticks, the deadlines on loading, linking and going over to another epoch, and the
+words for how it ended.
+Does not own: when a stage is started, kept or what follows its end (``node``).
 Invariant: a tick leaves every second from the agent's own event loop, so a frozen agent falls silent; after ``stop`` or
 an end by itself the process does not exist any more.
 """
@@ -25,6 +26,12 @@ STOP_GRACE_SECONDS = 5.0
 # Beyond the link's own deadline, for the events to come through.
 _LINK_MARGIN_SECONDS = 5.0
 
+# For a process to let go of one epoch and begin another. One that is frozen, or whose device is stuck in a computation,
+# does not answer; neither does one that computes longer than this, which then costs a load and nothing else.
+ADOPT_SECONDS = 3.0
+# A process that did not answer for so long does not hear SIGTERM either.
+_HUNG_GRACE_SECONDS = 0.2
+
 OnProgress = Callable[[StageEvent], None]
 OnExit = Callable[[str], None]
 
@@ -34,18 +41,19 @@ class StageProcess:
 
     _child: lifeline.Child
     _end: asyncio.Task[None]
+    _loading: asyncio.Task[None]
+    _load_timeout_seconds: float
 
     def __init__(self, spec: StageSpec, *, on_progress: OnProgress | None, on_exit: OnExit | None) -> None:
         loop = asyncio.get_running_loop()
         self.spec = spec
         self.progress: StageEvent | None = None
         self._on_progress, self._on_exit = on_progress, on_exit
-        self._loaded: asyncio.Future[StageEvent] = loop.create_future()
-        self._linked: asyncio.Future[StageEvent] = loop.create_future()
         self._failure: ClusterError | None = None
         self._stopping = self._linking = False
-        for future in (self._loaded, self._linked):
-            future.add_done_callback(_retrieve)
+        self._loop = loop
+        self._adopted: asyncio.Future[StageEvent] | None = None
+        self._loaded, self._linked = self._expected(), self._expected()
 
     @classmethod
     async def start(
@@ -72,7 +80,9 @@ class StageProcess:
         except OSError as error:
             raise StageStartError(f"{self.name} cannot be started: {error}") from error
         self._child.send_line(spec.to_line())
-        self._end = asyncio.create_task(self._watch(self._child, runtime.load_timeout), name=f"end of {self.name}")
+        self._load_timeout_seconds = runtime.load_timeout
+        self._end = asyncio.create_task(self._watch(self._child), name=f"end of {self.name}")
+        self._loading = asyncio.create_task(self._bound_loading(), name=f"deadline on loading of {self.name}")
         return self
 
     @property
@@ -106,6 +116,30 @@ class StageProcess:
         await asyncio.shield(self._linked)
         self._linking = False
 
+    def can_become(self, spec: StageSpec) -> bool:
+        """Whether ``adopt`` may be tried: it runs, its slice was loaded, and nothing went wrong in it."""
+        settled = self._loaded.done() and not self._linking and self._failure is None and not self._stopping
+        return self.running and settled and self.spec.can_become(spec)
+
+    async def adopt(self, spec: StageSpec, *, on_progress: OnProgress | None, on_exit: OnExit | None) -> None:
+        """Have it go over to another epoch with the weights that it has; ``loaded`` follows as after a start.
+
+        Raises ``StageStartError`` when it does not answer within ``ADOPT_SECONDS``; it is killed then.
+        """
+        self._loading.cancel()
+        self._on_progress, self._on_exit = on_progress, on_exit
+        before, self.spec = self.name, spec
+        adopted = self._adopted = self._expected()
+        self._child.send_line(spec.to_line())
+        try:
+            if not await _done_within(ADOPT_SECONDS, adopted):
+                raise StageStartError(f"{before} did not let go within {ADOPT_SECONDS:g} s: it hangs, and is killed")
+            adopted.result()
+        except BaseException:
+            await self.stop(_HUNG_GRACE_SECONDS)
+            raise
+        self._loading = asyncio.create_task(self._bound_loading(), name=f"deadline on loading of {self.name}")
+
     async def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
         """SIGTERM, then SIGKILL; idempotent. SIGTERM first: a hard kill can leak wired memory on a Mac."""
         self._stopping = True
@@ -114,26 +148,33 @@ class StageProcess:
 
     # -- tasks ----------------------------------------------------------------------------------------
 
-    async def _watch(self, child: lifeline.Child, load_timeout_seconds: float) -> None:
-        """Follow it to its end, which comes by itself or by the deadline on loading."""
+    async def _watch(self, child: lifeline.Child) -> None:
+        """Follow it to its end."""
         ticks = asyncio.create_task(_tick(child), name=f"ticks to {self.name}")
-        ending = asyncio.create_task(child.wait(), name=f"exit of {self.name}")
-        if not await _done_within(load_timeout_seconds, self._loaded, ending):
-            self._kill(
-                StageStartError(
-                    f"{self.name} did not load within {load_timeout_seconds:g} s: raise runtime.load_timeout, "
-                    "or give this node fewer layers"
-                )
-            )
-        exit_ = await ending
+        exit_ = await child.wait()
         ticks.cancel()
+        self._loading.cancel()
         error = self._failure or self._error_of(exit_)
         self._settle(error)
         if not self._stopping and self._on_exit is not None:
             self._on_exit(str(error))
 
+    async def _bound_loading(self) -> None:
+        """Kill it when its slice is not loaded in time."""
+        seconds = self._load_timeout_seconds
+        if not await _done_within(seconds, self._loaded):
+            self._kill(
+                StageStartError(
+                    f"{self.name} did not load within {seconds:g} s: raise runtime.load_timeout, "
+                    "or give this node fewer layers"
+                )
+            )
+
     def _on_line(self, line: str) -> None:
         event = StageEvent.from_line(line)
+        if self._adopted is not None:
+            self._hear_before_adoption(event, self._adopted)
+            return
         self.progress = event
         match event.type:
             case "loaded" if not self._loaded.done():
@@ -146,6 +187,21 @@ class StageProcess:
         if self._on_progress is not None:
             self._on_progress(event)
 
+    def _hear_before_adoption(self, event: StageEvent, adopted: asyncio.Future[StageEvent]) -> None:
+        """What it still says of the epoch before concerns nobody, save that it fails."""
+        if event.type == "failed":
+            self._failure = self._failure or error_from_code(event.code, event.message)
+            self._settle(self._failure)
+        elif event.type == "adopted" and not adopted.done():
+            self._adopted = None
+            self._loaded, self._linked = self._expected(), self._expected()
+            adopted.set_result(event)
+
+    def _expected(self) -> asyncio.Future[StageEvent]:
+        future: asyncio.Future[StageEvent] = self._loop.create_future()
+        future.add_done_callback(_retrieve)
+        return future
+
     # -- ends -----------------------------------------------------------------------------------------
 
     def _kill(self, error: ClusterError) -> None:
@@ -155,8 +211,8 @@ class StageProcess:
 
     def _settle(self, error: ClusterError) -> None:
         """Whoever waits for an event that will not come hears why."""
-        for future in (self._loaded, self._linked):
-            if not future.done():
+        for future in (self._adopted, self._loaded, self._linked):
+            if future is not None and not future.done():
                 future.set_exception(error)
 
     def _error_of(self, exit_: lifeline.Exit) -> ClusterError:

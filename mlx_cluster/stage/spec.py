@@ -1,7 +1,8 @@
 """What an agent tells its stage process, and what it hears back: JSON lines over the child's stdin and stdout.
 
-Owns: the values of that conversation. The first line in is a ``StageSpec``; then ``LinkCommand``, and a ``tick`` every
-second (its absence means the agent is gone or frozen, and the stage process dies by itself). Lines out are
+Owns: the values of that conversation, and which spec a process can go over to without a restart. The first line in is
+a ``StageSpec``; then ``LinkCommand``, and a ``tick`` every second (its absence means the agent is gone or frozen, and
+the stage process dies by itself). A further ``StageSpec`` begins another epoch in the same process. Lines out are
 ``StageEvent`` values.
 Invariant: everything on these pipes is one JSON object per line with a ``type``.
 """
@@ -62,7 +63,11 @@ class FaultSpec:
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """Everything a stage process needs to load its slice. ``model_dir`` is this node's own path."""
+    """Everything a stage process needs to load its slice. ``model_dir`` is this node's own path.
+
+    With ``keep`` the process outlives its epoch: when that is over, and not by its own fault, it keeps its weights and
+    waits for the spec of the next one.
+    """
 
     plan: Plan
     index: int
@@ -81,6 +86,30 @@ class StageSpec:
     kv_bits: Literal[4, 8] | None = None
     kv_group_size: int = 64
     compression: Literal["off", "int8"] = "off"  # of what it sends
+    keep: bool = False
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """``[start, end)`` of this stage."""
+        stage = self.plan.stages[self.index]
+        return stage.start, stage.end
+
+    def can_become(self, other: StageSpec) -> bool:
+        """Whether a process of this spec may go over to ``other``: the same weights in the same form, a newer epoch.
+
+        Layers may differ: what both have stays, the rest is loaded.
+        """
+        return self.keep and other.keep and self.epoch < other.epoch and self._loading() == other._loading()
+
+    def num_kept_layers(self, other: StageSpec) -> int:
+        """How many layers both of them have."""
+        (start, end), (other_start, other_end) = self.layers, other.layers
+        return max(0, min(end, other_end) - max(start, other_start))
+
+    def _loading(self) -> tuple[object, ...]:
+        """All that loading depends on beside the layers."""
+        form = self.device, self.dequantize, self.kv_bits, self.kv_group_size
+        return self.plan.model, self.model_dir, self.host, form, self.emulation, self.faults, self.prefix_disk
 
     def to_line(self) -> str:
         data = {
@@ -102,6 +131,7 @@ class StageSpec:
             "kv_bits": self.kv_bits,
             "kv_group_size": self.kv_group_size,
             "compression": self.compression,
+            "keep": self.keep,
         }
         return json.dumps(data)
 
@@ -154,15 +184,22 @@ class LinkCommand:
 TICK_LINE = json.dumps({"type": "tick"})
 
 
+def parse_command(line: str) -> StageSpec | LinkCommand:
+    """A line to a stage process that is loaded. Raises ``ValueError`` on anything else."""
+    return StageSpec.from_line(line) if json.loads(line).get("type") == "spec" else LinkCommand.from_line(line)
+
+
 @dataclass(frozen=True, slots=True)
 class StageEvent:
     """``loading`` (done/total bytes), ``loaded`` (address, memory, rows), ``linked``, ``failed`` (code, message).
 
+    ``ended`` (code, message): the epoch is over, the process keeps its weights. ``adopted``: nothing of the epoch
+    before is left, nor on the device; what follows is said in the new one.
     ``can_trim`` says whether a row may begin with a part of a prefix entry (else only with the whole); a row takes
     ``kv_fixed_bytes`` and, for each of its positions, ``kv_bytes_per_position``.
     """
 
-    type: Literal["loading", "loaded", "linked", "failed"]
+    type: Literal["loading", "loaded", "linked", "failed", "ended", "adopted"]
     done_bytes: int = 0
     total_bytes: int = 0
     address: str = ""

@@ -128,6 +128,7 @@ class HiddenStates:
     def __init__(self, *, hold_seconds: float = 30.0, max_held: int = 8) -> None:
         self._hold_seconds, self._max_held = hold_seconds, max_held
         self._ends: dict[tuple[str, int], GrpcReceiveEnd] = {}
+        self._floors: dict[str, Epoch] = {}
         self.num_held = 0
         self._expectations_changed = asyncio.Event()
 
@@ -136,6 +137,15 @@ class HiddenStates:
         handler = grpc.stream_stream_rpc_method_handler(self._serve)  # no serializers: messages are bytes as they are
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
 
+    def fence(self, pipeline: str, epoch: Epoch) -> None:
+        """From now on nothing of a lower epoch of this pipeline is taken: its ends are closed, its streams refused."""
+        self._floors[pipeline] = epoch
+        for key, end in list(self._ends.items()):
+            if key[0] == pipeline and end.hop.epoch < epoch:
+                end.end(LinkClosed(f"{end.hop}: epoch {epoch} took over"))
+                del self._ends[key]
+        self._look_again()
+
     def expect(self, hop: HopId, capacity: int) -> GrpcReceiveEnd:
         """The receiving end of this hop; ends of lower epochs of the same hop are closed.
 
@@ -143,6 +153,7 @@ class HiddenStates:
         already expected.
         """
         key = (hop.pipeline, hop.sender)
+        self._check(hop)
         before = self._ends.get(key)
         if before is not None:
             if hop.epoch < before.hop.epoch:
@@ -150,9 +161,18 @@ class HiddenStates:
             before.end(LinkClosed(f"{before.hop}: epoch {hop.epoch} took over"))
         end = GrpcReceiveEnd(hop, capacity)
         self._ends[key] = end
+        self._look_again()
+        return end
+
+    def _look_again(self) -> None:
+        """Streams that are held may be expected, or out of date, by now."""
         self._expectations_changed.set()
         self._expectations_changed = asyncio.Event()
-        return end
+
+    def _check(self, hop: HopId) -> None:
+        floor = self._floors.get(hop.pipeline)
+        if floor is not None and hop.epoch < floor:
+            raise Fenced(f"{hop}: epoch {floor} is in force")
 
     async def close(self) -> None:
         """Close every end."""
@@ -205,6 +225,7 @@ class HiddenStates:
 
     def _match(self, hop: HopId) -> GrpcReceiveEnd | None:
         """The end for this hop, or None when it is not expected yet. Raises ``Fenced`` and ``LinkMismatch``."""
+        self._check(hop)
         newest = max((e.hop.epoch for e in self._ends.values() if e.hop.pipeline == hop.pipeline), default=None)
         if newest is not None and hop.epoch < newest:
             raise Fenced(f"{hop}: epoch {newest} is in force")

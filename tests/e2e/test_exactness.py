@@ -118,7 +118,8 @@ async def one_process(plan: Plan, model_dir: Path) -> AsyncIterator[PipelineEngi
     services: list[StageService] = []
     try:
         for stage in plan.stages:
-            service = StageService(spec_of(plan, stage.index, model_dir))
+            service = StageService("127.0.0.1", 0)
+            stream = service.enter(spec_of(plan, stage.index, model_dir))
             services.append(service)
 
             def load(start: int = stage.start, end: int = stage.end) -> SliceRunner:
@@ -131,9 +132,9 @@ async def one_process(plan: Plan, model_dir: Path) -> AsyncIterator[PipelineEngi
                 receive=hops[stage.index - 1][1] if stage.index > 0 else None,
                 send=hops[stage.index][0] if stage.index < len(hops) else None,
                 link_timeout_seconds=PATIENCE_SECONDS,
-                on_report=service.report,
+                on_report=stream.report,
             )
-            service.begin(worker)
+            stream.begin(worker)
             tasks.append(asyncio.create_task(worker.run()))
         addresses = [await service.start() for service in services]
         async with engine_over(plan, addresses) as engine:

@@ -23,13 +23,15 @@ from mlx_lm.generate import generate_step
 from mlx_cluster._pb import stage_pb2
 from mlx_cluster.config.schema import RuntimeSection
 from mlx_cluster.engine.stages import RUN_METHOD, StageStream
-from mlx_cluster.errors import CheckpointError, LinkUnavailable, PortInUse, StageStartError
+from mlx_cluster.errors import CheckpointError, Fenced, LinkUnavailable, PortInUse, StageStartError
 from mlx_cluster.microbatch import Kind, Load, Microbatch, Report, RowSpec
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
 from mlx_cluster.request import Sampling
 from mlx_cluster.stage.emulation import scripted_token
 from mlx_cluster.stage.process import StageProcess
 from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, EmulationSpec, LinkCommand, StageEvent, StageSpec
+from mlx_cluster.transport.grpc_link import connect
+from mlx_cluster.transport.link import HopId
 from mlx_cluster.wire import encode_microbatch
 from tests.tiny_models import write_tiny_model
 
@@ -119,7 +121,7 @@ async def linked(*specs: StageSpec, transport: str = "grpc") -> AsyncIterator[tu
 class Engine:
     """Run streams to all stages, as the real engine opens them."""
 
-    def __init__(self, the_plan: Plan, addresses: list[str]) -> None:
+    def __init__(self, the_plan: Plan, addresses: list[str], epoch: Epoch = EPOCH) -> None:
         self.reports: list[asyncio.Queue[Report]] = [asyncio.Queue() for _ in addresses]
         self.lost: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
         self.streams = [
@@ -127,7 +129,7 @@ class Engine:
                 index,
                 address,
                 the_plan,
-                str(EPOCH),
+                str(epoch),
                 capacity=64,
                 on_report=self.reports[index].put_nowait,
                 on_lost=lambda stage, reason: self.lost.put_nowait((stage, reason)),
@@ -284,6 +286,98 @@ async def test_a_neighbour_that_is_not_there_is_a_link_error() -> None:
         assert nobody in await held.reason()
 
 
+# -- processes that outlive their epoch ---------------------------------------------------------------
+
+NEXT = Epoch(EPOCH.version, EPOCH.incarnation + 1)
+
+
+def kept(spec: StageSpec) -> StageSpec:
+    return replace(spec, keep=True)
+
+
+async def go_over(one: Held, spec: StageSpec) -> StageEvent:
+    assert one.process.can_become(spec)
+    await one.process.adopt(spec, on_progress=one.hear, on_exit=one.exit.set_result)
+    return await one.process.loaded()
+
+
+async def test_a_process_whose_neighbour_died_goes_on_in_the_next_epoch_and_nothing_old_is_heard() -> None:
+    two = plan(2)
+    specs = [kept(spec_of(two, index)) for index in range(2)]
+    async with linked(*specs) as (held, addresses):
+        first, second = held
+        pid = first.process.pid
+        async with Engine(two, addresses) as engine:
+            engine.put(PREFILL)
+            await engine.report(1)
+            assert first.process.can_become(replace(specs[0], epoch=NEXT))
+            assert not first.process.can_become(specs[0]), "an epoch is not entered twice"
+            os.kill(second.process.pid, signal.SIGKILL)
+            await second.reason()
+            engine.put(Microbatch(1, Kind.DECODE, rows=(1,), tokens=(0,), sample=True))
+            await asyncio.wait_for(engine.lost.get(), PATIENCE_SECONDS)
+        async with started(replace(specs[1], epoch=NEXT)) as (fresh,):
+            event = await go_over(first, replace(specs[0], epoch=NEXT))
+            assert event.address == addresses[0], "it listens where it did"
+            assert not first.exit.done()
+            old = {"epoch": str(EPOCH), "plan-hash": two.hash(), "pipeline": "pipe"}
+            assert "which is over" in await refusal(addresses[0], old)
+            with pytest.raises(Fenced):
+                await connect(addresses[0], HopId("pipe", EPOCH, two.hash(), 0), 5.0)
+            again = [addresses[0], (await fresh.process.loaded()).address]
+            command = LinkCommand("grpc", tuple(again))
+            await asyncio.gather(*(one.process.link(command) for one in (first, fresh)))
+            async with Engine(two, again, NEXT) as engine:
+                engine.put(PREFILL)
+                report = await engine.report(1)
+                assert [s.token_id for s in report.sampled] == [scripted_token(EMULATION, 4, 0, 0)]
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    while (counts := engine.streams[0].held) is None or counts.rows == 0:
+                        engine.streams[0].tick()
+                        await asyncio.sleep(0.02)
+                assert counts.rows == 1, "the row of the epoch before is gone"
+        assert first.process.pid == pid
+
+
+async def test_a_process_in_the_middle_of_its_epoch_is_called_away_from_it() -> None:
+    one = plan(1)
+    spec = kept(spec_of(one, 0))
+    async with linked(spec) as ((held,), addresses), Engine(one, addresses) as engine:
+        engine.put(PREFILL)
+        await engine.report(0)
+        await go_over(held, replace(spec, epoch=NEXT))
+        _, reason = await asyncio.wait_for(engine.lost.get(), PATIENCE_SECONDS)
+        assert reason.startswith("fenced: ")
+        assert str(NEXT) in reason
+
+
+async def test_a_frozen_process_is_not_kept() -> None:
+    spec = kept(spec_of(plan(1), 0))
+    async with started(spec) as (held,):
+        await held.process.loaded()
+        os.kill(held.process.pid, signal.SIGSTOP)
+        with pytest.raises(StageStartError, match="did not let go within"):
+            await go_over(held, replace(spec, epoch=NEXT))
+        assert not alive(held.process.pid)
+
+
+async def test_a_process_whose_device_is_stuck_is_not_kept() -> None:
+    """Its event loop answers ticks all the while."""
+    one = plan(1)
+    stuck = EmulationSpec(seconds_per_step=PATIENCE_SECONDS, burn_python_seconds=PATIENCE_SECONDS)
+    spec = kept(replace(spec_of(one, 0), emulation=stuck))
+    async with linked(spec) as ((held,), addresses):
+        async with Engine(one, addresses) as engine:
+            engine.put(PREFILL)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while (counts := engine.streams[0].held) is None or counts.rows == 0:
+                    engine.streams[0].tick()
+                    await asyncio.sleep(0.02)
+        with pytest.raises(StageStartError, match="did not let go within"):
+            await go_over(held, replace(spec, epoch=NEXT))
+        assert not alive(held.process.pid)
+
+
 # -- real slices -------------------------------------------------------------------------------------
 
 PROMPT = (65, 66, 67, 68, 69, 70, 71)
@@ -331,6 +425,31 @@ async def test_two_processes_with_half_a_model_each_say_what_one_says(tmp_path: 
         engine.put(Microbatch(99, Kind.PREFILL, (2,), (1, 2), admit=(replace(spec, row=2),), load=(load,), sample=True))
         report = await engine.report(1)
         assert (report.missing, report.sampled, report.failed) == ((2,), (), ())
+    assert tokens == alone(model_dir)
+
+
+async def test_a_survivor_takes_over_the_other_half_and_says_what_one_process_says(tmp_path: Path) -> None:
+    model_dir = write_tiny_model(tmp_path / "tiny", layers=4, width=64, vocab=320)
+    two, whole = plan(2, model="tiny"), replace(plan(1, model="tiny"), version=EPOCH.version + 1)
+    real = {"emulation": None, "model_dir": str(model_dir), "device": "cpu", "memory_budget_bytes": 2**30}
+    specs = [kept(replace(spec_of(two, i), **real)) for i in range(2)]
+    async with linked(*specs) as (held, addresses):
+        async with Engine(two, addresses) as engine:
+            engine.put(Microbatch(0, Kind.PREFILL, (1,), PROMPT, admit=(RowSpec(1, GREEDY, 0),), sample=True))
+            await engine.report(1)
+        survivor = held[1].process
+        wider = replace(specs[1], plan=whole, index=0, epoch=Epoch(whole.version, 1))
+        held[1].events.clear()
+        event = await go_over(held[1], wider)
+        assert event.memory_bytes > 0
+        await survivor.link(LinkCommand("inprocess", (addresses[1],)))
+        async with Engine(whole, addresses[1:], wider.epoch) as engine:
+            tokens: list[int] = []
+            spec = RowSpec(1, GREEDY, choice=0)
+            engine.put(Microbatch(0, Kind.PREFILL, rows=(1,), tokens=PROMPT, admit=(spec,), sample=True))
+            for i in range(NUM_TOKENS):
+                tokens.append((await engine.report(0)).sampled[0].token_id)
+                engine.put(Microbatch(i + 1, Kind.DECODE, rows=(1,), tokens=(tokens[-1],), sample=True))
     assert tokens == alone(model_dir)
 
 

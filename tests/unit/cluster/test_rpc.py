@@ -42,7 +42,9 @@ class Handler:
             raise Fenced("newer here")
         self.documents.append(document)
 
-    async def start_stage(self, value: Plan, index: int, epoch: Epoch) -> AsyncGenerator[cluster_pb2.StageProgress]:
+    async def start_stage(
+        self, value: Plan, index: int, epoch: Epoch, fresh: bool
+    ) -> AsyncGenerator[cluster_pb2.StageProgress]:
         yield cluster_pb2.StageProgress(state="loading", done_bytes=1, total_bytes=2)
         if index == 1:
             raise StageStartError(f"{value.pipeline} {epoch} does not load")
@@ -84,16 +86,16 @@ async def test_another_cluster_is_refused_by_name() -> None:
         with pytest.raises(ConfigError, match="'other' called a node of 'c'"):
             await client.put_document(ClusterDocument("other", 1))
         with pytest.raises(ConfigError, match="'other' called a node of 'c'"):
-            async for _ in client.start_stage(plan({0: 3}), 0, Epoch(1, 1), 10.0):
+            async for _ in client.start_stage(plan({0: 3}), 0, Epoch(1, 1), False, 10.0):
                 pass
 
 
 async def test_a_stage_start_streams_progress_and_ends_loaded_or_with_its_error() -> None:
     async with serving() as (_, _, client):
-        states = [p.state async for p in client.start_stage(plan({0: 3}), 0, Epoch(1, 1), 10.0)]
+        states = [p.state async for p in client.start_stage(plan({0: 3}), 0, Epoch(1, 1), False, 10.0)]
         assert states == ["loading", "loaded"]
         with pytest.raises(StageStartError, match=r"tiny 1\.1 does not load"):
-            async for _ in client.start_stage(plan({0: 3, 1: 3}), 1, Epoch(1, 1), 10.0):
+            async for _ in client.start_stage(plan({0: 3, 1: 3}), 1, Epoch(1, 1), False, 10.0):
                 pass
 
 

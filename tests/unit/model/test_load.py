@@ -168,3 +168,39 @@ def test_another_thread_waits_for_and_reads_what_this_one_dispatched(tmp_path: P
     assert [o.sampled for o in sampled[:-1]] == [()] * 5
     assert sampled[-1].sampled[0].token_id == expected[-1].sampled[0].token_id
     assert sampled[-1].sampled[0].logprob == pytest.approx(expected[-1].sampled[0].logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2/untied", "gemma4_text", "deepseek_v3"])
+@pytest.mark.parametrize(("before", "after"), [((0, 6), (2, 6)), ((2, 6), (0, 6)), ((0, 2), (0, 6))])
+def test_weights_that_another_slice_has_are_taken_over_and_the_logits_are_the_same(
+    tmp_path: Path, family: str, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    model_dir = write_tiny_model(tmp_path / "m", layers=6, width=64, vocab=320, family=family)
+    fresh = load_slice(model_dir, *after, device="cpu")
+    known = SliceRunner.load(model_dir, *before, device="cpu").retire()
+    kept = dict(known)
+    loaded = load_slice(model_dir, *after, device="cpu", known=known)
+    assert known == {}
+    assert loaded.num_bytes == fresh.num_bytes
+    now = loaded.slice.parameters_read()
+    both = set(now) & set(kept)
+    layers = range(max(before[0], after[0]), min(before[1], after[1]))
+    assert len(both) >= len(layers) > 0
+    assert all(now[name] is kept[name] for name in both)
+    tokens = mx.array([[1, 2, 3]])
+    outputs = [
+        part(tokens, part.stand_ins(1, 3), part.make_caches(), head="last") for part in (fresh.slice, loaded.slice)
+    ]
+    for one, other in zip(*outputs, strict=True):
+        assert mx.array_equal(one, other)
+
+
+def test_weights_in_another_form_are_read_again(tmp_path: Path) -> None:
+    model_dir = write_tiny_model(tmp_path / "m", layers=3, width=64, vocab=320, quantize_bits=4, dtype="bfloat16")
+    known = SliceRunner.load(model_dir, 0, 2, device="cpu", dequantize="never").retire()
+    loaded = load_slice(model_dir, 0, 3, device="cpu", dequantize="always", known=known)
+    fresh = load_slice(model_dir, 0, 3, device="cpu", dequantize="always")
+    pairs = zip(loaded.slice.parameters_read().items(), fresh.slice.parameters_read().items(), strict=True)
+    for (name, one), (other_name, other) in pairs:
+        assert name == other_name
+        assert mx.array_equal(one, other), name

@@ -12,7 +12,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from mlx_cluster.errors import LinkMismatch, PlanError
-from mlx_cluster.microbatch import Frame, Kind, Microbatch, Outcome, RowSpec, Sampled
+from mlx_cluster.microbatch import Frame, Kind, Load, Microbatch, Outcome, RowSpec, Sampled, Store
 from mlx_cluster.model import sampling
 from mlx_cluster.model.runner import SliceRunner
 from mlx_cluster.request import Sampling
@@ -305,3 +305,18 @@ def test_a_cpu_slice_computes_in_float32(tmp_path: Path, dtype: str) -> None:
 def test_a_slice_outside_the_model_is_refused(small_dir: Path) -> None:
     with pytest.raises(PlanError, match="4 layers"):
         SliceRunner.load(small_dir, 2, 5, device="cpu")
+
+
+def test_a_runner_that_dropped_everything_begins_anew(small_dir: Path) -> None:
+    """Row and entry ids come again in the next epoch, and mean something else there."""
+    pipeline = Pipeline(small_dir, [2, 2])
+    expected = pipeline.generate(prompts(2), 4)
+    pipeline.run(Microbatch(99, Kind.CONTROL, store=(Store(0, entry=1),)))
+    assert [(r.held().rows, r.held().entries) for r in pipeline.runners] == [(2, 1), (2, 1)]
+    for runner in pipeline.runners:
+        runner.drop()
+    assert [(r.held().rows, r.held().entries, r.cache_bytes) for r in pipeline.runners] == [(0, 0, 0)] * 2
+    assert pipeline.generate(prompts(2)[::-1], 4) == expected[::-1]
+    spec = RowSpec(7, GREEDY, 0)
+    load = Microbatch(100, Kind.PREFILL, (7,), (1, 2), admit=(spec,), load=(Load(7, entry=1, length=3),))
+    assert [outcome.missing for outcome in pipeline.run(load)] == [(7,), (7,)]

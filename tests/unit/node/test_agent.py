@@ -43,6 +43,14 @@ class ScriptedStage:
         assert command.transport == self.spec.plan.transport
         self.commands.append(command)
 
+    def can_become(self, spec: StageSpec) -> bool:
+        return self.spec.can_become(spec) and not self.stopped
+
+    async def adopt(
+        self, spec: StageSpec, *, on_progress: Callable[[StageEvent], None], on_exit: Callable[[str], None]
+    ) -> None:
+        self.spec, self.on_exit = spec, on_exit
+
     async def stop(self, grace_seconds: float = 0.0) -> None:
         self.stopped = True
 
@@ -52,6 +60,7 @@ class ScriptedEngine:
         self.plan, self.epoch, self.addresses = plan, epoch, addresses
         self.lost = asyncio.Event()
         self.lost_reason = ""
+        self.hung: int | None = None
         self.stopped_with: ClusterError | None = None
         self.running, self.step_seconds = 0, ()
 
@@ -200,7 +209,7 @@ async def test_agents_find_each_other_and_bring_a_plan_up(tmp_path: Path, tiny_m
         assert three.nodes[1].agent.drivers.engine("tiny") is None
 
 
-async def test_a_lost_engine_brings_fresh_stages_everywhere(tmp_path: Path, tiny_model: Path) -> None:
+async def test_a_lost_engine_comes_back_over_the_stages_that_live(tmp_path: Path, tiny_model: Path) -> None:
     async with cluster(tmp_path, tiny_model, 2) as two:
         plan = await two.ready(0, 1)
         engine = two.nodes[0].engines[0]
@@ -213,9 +222,23 @@ async def test_a_lost_engine_brings_fresh_stages_everywhere(tmp_path: Path, tiny
         assert (recovery.epoch, recovery.cause) == (f"{plan.version}.2", "stage 1 is gone")
         assert two.nodes[1].agent.history.recoveries == (), "it does not drive"
         for node in two.nodes.values():
-            old, new = node.stages
-            assert old.stopped
-            assert not new.stopped
+            (stage,) = node.stages
+            assert not stage.stopped
+            assert stage.spec.epoch == Epoch(plan.version, 2)
+            assert len(stage.commands) == 2, "linked again in the new epoch"
+
+
+async def test_a_stage_that_hung_is_started_afresh(tmp_path: Path, tiny_model: Path) -> None:
+    async with cluster(tmp_path, tiny_model, 2) as two:
+        await two.ready(0, 1)
+        engine = two.nodes[0].engines[0]
+        engine.lost_reason, engine.hung = "stage 1 is silent", 1
+        engine.lost.set()
+        await until("a second engine", lambda: len(two.nodes[0].engines) == 2)
+        await two.ready(0, 1)
+        (kept,) = two.nodes[0].stages
+        hung, fresh = two.nodes[1].stages
+        assert (kept.stopped, hung.stopped, fresh.stopped) == (False, True, False)
 
 
 async def test_another_node_takes_over_and_the_one_that_comes_back_only_follows(
@@ -283,7 +306,7 @@ async def test_an_agent_starts_only_what_its_document_says(tmp_path: Path, tiny_
 
             async def refused(value: Plan, index: int, epoch: Epoch) -> str:
                 with pytest.raises(Fenced) as error:
-                    async for _ in client.start_stage(value, index, epoch, 30.0):
+                    async for _ in client.start_stage(value, index, epoch, False, 30.0):
                         pass
                 return str(error.value)
 

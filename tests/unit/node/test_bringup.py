@@ -23,6 +23,7 @@ class FakeEngine:
         self.world, self.epoch = world, epoch
         self.lost = asyncio.Event()
         self.lost_reason = ""
+        self.hung: int | None = None
         self.stopped_with: ClusterError | None = None
         self.running, self.step_seconds = 0, ()
 
@@ -107,9 +108,9 @@ class FakeAgent:
         self.world, self.node = world, node
 
     async def start_stage(
-        self, value: Plan, index: int, epoch: Epoch, timeout_seconds: float
+        self, value: Plan, index: int, epoch: Epoch, fresh: bool, timeout_seconds: float
     ) -> AsyncGenerator[cluster_pb2.StageProgress]:
-        self.world.steps.append(f"load {index}")
+        self.world.steps.append(f"load {index}" + (" afresh" if fresh else ""))
         yield cluster_pb2.StageProgress(state="loading")
         if self.node in self.world.holding:
             await asyncio.Event().wait()
@@ -195,6 +196,35 @@ async def test_a_stage_that_does_not_load_is_shown_and_tried_again(error: Cluste
     assert status.detail == str(error)
     assert (await world.until(lambda s: s.state == "ready")).epoch == Epoch(3, 4)
     assert "link 0" not in world.steps[: world.steps.index("stop 0")]
+    await world.end()
+
+
+async def test_stages_that_did_load_wait_for_the_next_attempt_where_links_can_be_made_again() -> None:
+    world = World(replace(TWO, transport="grpc"))
+    world.load_errors[1] = [StageStartError("out of memory")]
+    await world.until(lambda s: s.state == "ready")
+    assert not [step for step in world.steps if step.startswith("stop")]
+    await world.end()
+
+
+async def test_stages_that_came_up_and_did_not_work_together_are_not_kept() -> None:
+    world = World(replace(TWO, transport="grpc"))
+    world.canary_errors = [StageStartError("no token")]
+    await world.ready(2)
+    assert {"stop 0", "stop 1"} <= set(world.steps)
+    await world.end()
+
+
+async def test_only_the_stage_that_hung_is_started_afresh_and_only_once() -> None:
+    world = World(replace(TWO, transport="grpc"))
+    await world.ready(1)
+    world.engines[0].lost_reason, world.engines[0].hung = "stage 1 is silent", 1
+    world.engines[0].lost.set()
+    await world.ready(2)
+    world.engines[1].lost.set()
+    await world.ready(3)
+    loads = [step for step in world.steps if step.startswith("load")]
+    assert sorted(loads) == ["load 0", "load 0", "load 0", "load 1", "load 1", "load 1 afresh"]
     await world.end()
 
 

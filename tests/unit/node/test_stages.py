@@ -31,6 +31,9 @@ class FakeProcess:
         self.commands: list[LinkCommand] = []
         self.link_error: ClusterError | None = None
         self.stopped = False
+        self.adopt_error: ClusterError | None = None
+        self.usable = True
+        self.adopting: asyncio.Future[None] | None = None
 
     async def loaded(self) -> StageEvent:
         return await asyncio.shield(self.load)
@@ -40,8 +43,27 @@ class FakeProcess:
         if self.link_error is not None:
             raise self.link_error
 
+    def can_become(self, spec: StageSpec) -> bool:
+        return self.usable and self.spec.can_become(spec)
+
+    async def adopt(
+        self, spec: StageSpec, *, on_progress: Callable[[StageEvent], None], on_exit: Callable[[str], None]
+    ) -> None:
+        if self.adopting is not None:
+            try:
+                await self.adopting
+            finally:
+                self.stopped = True
+        if self.adopt_error is not None:
+            self.stopped = True
+            raise self.adopt_error
+        self.spec, self.on_progress, self.on_exit = spec, on_progress, on_exit
+        self.load = asyncio.get_running_loop().create_future()
+        self.load.set_result(StageEvent("loaded", address="127.0.0.1:4711", memory_bytes=55))
+
     async def stop(self, grace_seconds: float = 0.0) -> None:
         self.stopped = True
+        self.grace_seconds = grace_seconds
         if not self.load.done():
             self.load.set_exception(StageStartError("was stopped"))
 
@@ -241,7 +263,7 @@ async def test_a_load_that_fails_keeps_its_error(world: World) -> None:
 
 async def test_stop_and_keep_only_end_what_is_not_wanted(world: World) -> None:
     one = await world.bring_up(plan({0: 2, 1: 4}, 3, "a"), 0, Epoch(3, 1))
-    two = await world.bring_up(plan({0: 2, 1: 4}, 5, "b"), 0, Epoch(5, 1))
+    two = await world.bring_up(plan({0: 2, 1: 4}, 5, "b", transport="ring"), 0, Epoch(5, 1))
     three = await world.bring_up(plan({0: 2, 1: 4}, 6, "c"), 0, Epoch(6, 1))
     await world.host.keep_only([plan({0: 2, 1: 4}, 3, "a"), plan({0: 2, 1: 4}, 6, "b")])
     assert (one.stopped, two.stopped, three.stopped) == (False, True, True)
@@ -262,3 +284,117 @@ async def test_stop_all_ends_everything(world: World) -> None:
 async def test_links_without_mlx_take_no_port(world: World) -> None:
     for number, name in enumerate("abcdef"):  # more pipelines than there are ports to lease
         await world.bring_up(plan({0: 2, 1: 4}, 3, name, transport="grpc"), 0, Epoch(3, number))
+
+
+# -- processes that go on in another epoch -----------------------------------------------------------
+
+GRPC = plan({0: 2, 1: 4}, transport="grpc")
+
+
+async def again(world: World, value: Plan, index: int, epoch: Epoch, *, fresh: bool = False) -> FakeProcess | None:
+    """Start a stage; gives the process that was started for it, None when one was kept."""
+    before = len(world.processes)
+
+    async def collect() -> list[str]:
+        return [progress.address async for progress in world.host.start(value, index, epoch, fresh=fresh)]
+
+    task = asyncio.create_task(collect())
+    started = asyncio.create_task(world.process(before))
+    await asyncio.wait((task, started), return_when=asyncio.FIRST_COMPLETED)
+    if not started.done():
+        started.cancel()
+        assert task.result()[-1] == "mini1.local:4711"
+        return None
+    started.result().load.set_result(StageEvent("loaded", address="127.0.0.1:4711", memory_bytes=77))
+    await task
+    return started.result()
+
+
+async def test_a_process_goes_on_in_the_next_epoch_with_what_it_holds(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    process.on_progress(StageEvent("ended", code="link_closed", message="stage 1 is gone"))
+    (status,) = world.host.statuses()
+    assert (status.state, status.pid, status.detail) == ("loaded", 100, "stage 1 is gone")
+    assert await again(world, GRPC, 0, Epoch(1, 2)) is None
+    assert not process.stopped
+    assert process.spec.epoch == Epoch(1, 2)
+    (status,) = world.host.statuses()
+    assert (status.epoch, status.state, status.pid, status.memory_bytes) == (Epoch(1, 2), "loaded", 100, 55)
+    process.on_exit("killed by SIGKILL")
+    assert world.host.statuses()[0].state == "failed", "the new epoch hears how it ends"
+
+
+async def test_an_older_epoch_is_not_linked_or_stopped_any_more_once_its_process_went_on(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    await again(world, GRPC, 0, Epoch(1, 2))
+    with pytest.raises(Fenced):
+        await world.host.link(cluster_pb2.LinkStageRequest(pipeline="tiny", stage=0, epoch="1.1"))
+    with pytest.raises(Fenced):
+        await world.begin(GRPC, 0, Epoch(1, 1))
+    await world.host.stop("tiny", 0, Epoch(1, 1), "an old wish")
+    assert not process.stopped
+    await world.host.stop("tiny", 0, Epoch(1, 2), "the new one's")
+    assert process.stopped
+
+
+async def test_a_process_that_does_not_let_go_is_replaced(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    process.adopt_error = StageStartError("did not let go within 3 s")
+    new = await again(world, GRPC, 0, Epoch(1, 2))
+    assert process.stopped
+    assert new is not None
+    assert [(s.epoch, s.state, s.pid) for s in world.host.statuses()] == [(Epoch(1, 2), "loaded", new.pid)]
+
+
+async def test_a_process_that_is_known_to_hang_is_not_asked(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    assert await again(world, GRPC, 0, Epoch(1, 2), fresh=True) is not None
+    assert process.stopped
+    assert process.grace_seconds < 1.0, "it does not hear SIGTERM either"
+
+
+async def test_a_process_in_which_something_went_wrong_is_replaced(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    process.usable = False
+    assert await again(world, GRPC, 0, Epoch(1, 2)) is not None
+    assert process.stopped
+
+
+async def test_links_of_mlx_need_fresh_processes(world: World) -> None:
+    ring = await world.bring_up(TWO, 0, Epoch(1, 1))
+    assert not ring.spec.keep
+    assert await again(world, GRPC, 0, Epoch(1, 2)) is not None
+    assert ring.stopped
+    grpc = world.processes[-1]
+    assert grpc.spec.keep
+    assert await again(world, TWO, 0, Epoch(1, 3)) is not None
+    assert grpc.stopped
+
+
+async def test_a_newer_plan_takes_over_the_process_with_most_of_its_layers(world: World) -> None:
+    process = await world.bring_up(GRPC, 1, Epoch(1, 1))
+    wider = plan({1: 6}, 2, transport="inprocess")
+    await world.host.keep_only([wider])
+    assert not process.stopped, "the plan of the same node's next stage can go on with it"
+    assert await again(world, wider, 0, Epoch(2, 1)) is None
+    assert process.spec.layers == (0, 6)
+    assert [(s.index, s.start, s.end) for s in world.host.statuses()] == [(0, 0, 6)], "one process, one line"
+
+
+async def test_a_newer_plan_without_this_node_ends_what_it_holds(world: World) -> None:
+    process = await world.bring_up(GRPC, 1, Epoch(1, 1))
+    await world.host.keep_only([plan({0: 6}, 2, transport="inprocess")])
+    assert process.stopped
+
+
+async def test_a_caller_that_leaves_in_the_middle_leaves_no_process_behind(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    process.adopting = asyncio.get_running_loop().create_future()
+    task = world.begin(GRPC, 0, Epoch(1, 2))
+    while not world.host.statuses() or world.host.statuses()[0].epoch != Epoch(1, 2):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert world.host.num_running == 0, "the process kills itself when its adoption is given up"
+    process.adopting = None
+    assert await again(world, GRPC, 0, Epoch(1, 3)) is not None

@@ -198,3 +198,25 @@ async def _send_for_ever(send: Callable[[Frame, float], Awaitable[None]], timeou
     while True:
         await send(frame(number, 4 * 1024 * 1024), timeout_seconds)
         number += 1
+
+
+async def test_behind_a_fence_nothing_of_an_older_epoch_is_taken() -> None:
+    hidden = HiddenStates()
+    async with listening(hidden) as address:
+        before = hidden.expect(HOP, 2)
+        end = await connect(address, HOP, PATIENT)
+        newer = replace(HOP, epoch=Epoch(HOP.epoch.version, HOP.epoch.incarnation + 1))
+        early = asyncio.create_task(connect(address, replace(HOP, sender=HOP.sender + 1), PATIENT))
+        await until(lambda: hidden.num_held == 1)
+        hidden.fence(HOP.pipeline, newer.epoch)
+        assert isinstance(await error_of(before.receive(PATIENT)), LinkClosed)
+        assert isinstance(await error_of(early), Fenced), "a stream that waited is out of date now"
+        assert isinstance(await error_of(connect(address, HOP, PATIENT)), Fenced)
+        with pytest.raises(Fenced):
+            hidden.expect(HOP, 2)
+        await end.close()
+        after = hidden.expect(newer, 2)
+        again = await connect(address, newer, PATIENT)
+        await again.send(frame(7), PATIENT)
+        assert (await after.receive(PATIENT)).microbatch_id == 7
+        await again.close()
