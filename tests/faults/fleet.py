@@ -216,6 +216,11 @@ class Fleet:
         present = {int(s["pid"]) for s in self.stages()}
         within("no orphan", lambda: not any(map(alive, self.seen - present)) or None, 20.0)
 
+    def pictures(self) -> list[dict[str, Any]]:
+        """``GET /cluster`` of every node that answers."""
+        asked = (self.cluster.admin(node=node) for node in range(self.cluster.num_nodes))
+        return [picture for picture in asked if picture is not None]
+
     def figures(self, node: int) -> dict[str, Any]:
         """What the engine on this node says of itself."""
         answer = self.cluster.admin("/engines", node=node, offset=0)
