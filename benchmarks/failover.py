@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--throughput", action="store_true", help="instead of the matrix: tokens/s at failure rates")
     parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 1e-3, 1e-2], help="failures per token-step")
     parser.add_argument("--streams", type=int, default=16, help="of --throughput, 16 at most")
+    parser.add_argument("--tokens", type=int, default=512, help="of each answer of --throughput")
     parser.add_argument("--bound", type=float, default=300.0, help="seconds that a run of --throughput may take")
     parser.add_argument("--seed", type=int, default=1, help="of the failures")
     parser.add_argument("--json", type=Path)
@@ -293,7 +294,9 @@ def main() -> None:
     if arguments.coordinator:
         record.save(arguments.json, "failover-coordinator", coordinator(arguments.repeat))
     elif arguments.throughput:
-        options = failing.Options(tuple(arguments.rates), arguments.streams, arguments.bound, arguments.seed)
+        options = failing.Options(
+            tuple(arguments.rates), arguments.streams, arguments.tokens, arguments.bound, arguments.seed
+        )
         record.save(arguments.json, "failover-throughput", failing.throughput(options, cluster))
     else:
         results = matrix(chosen, arguments.repeat)
