@@ -5,9 +5,7 @@ BIN := $(VENV)/bin
 # Tests that wait for processes leave the cores to others; each file stays with one worker.
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
-DEV_# Tests that wait for processes leave the cores to others; each file stays with one worker.
-WORKERS ?= 2
-STAMP := $(VENV)/.installed-dev
+DEV_STAMP := $(VENV)/.installed-dev
 
 .PHONY: up test faults sim sim-short check bench proto clean
 

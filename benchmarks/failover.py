@@ -166,7 +166,7 @@ def noticed(pictures: Sequence[dict[str, Any]], struck: float) -> dict[str, Any]
     return {
         "noticed": seconds,
         "notice": first.get("kind", ""),
-        "cause": first.get("cause") or first.get("detail") or "",
+        "cause": first.get("cause") or " ".join(filter(None, (first.get("node"), first.get("detail")))),
         "recoveries": [{"cause": r["cause"], "seconds": r["seconds"]} for r in reversed(recoveries)],
     }
 
