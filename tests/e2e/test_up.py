@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from mlx_cluster import demo
+from mlx_cluster.config.ports import is_free
 from tests.e2e.cluster_processes import alive, free_block, within
 
 READY_SECONDS = 120.0
@@ -190,3 +191,23 @@ def test_every_end_of_the_launcher_ends_every_process(how: signal.Signals) -> No
         launcher.process.wait(30)
         within("all processes end", lambda: not any(map(alive, pids)), 30)
         assert "Traceback" not in launcher.rest()
+
+
+def test_a_configured_witness_votes_here_too_and_ends_with_the_nodes(tmp_path: Path) -> None:
+    """Without it two nodes could decide nothing while one of them is away."""
+    (tmp_path / "cluster.yaml").write_text(
+        "cluster:\n  nodes: [{host: mini1.lan, node_id: 0}, {host: mini2.lan, node_id: 1}]\n"
+        "  witness: {host: nas.lan, port: 8451}\n"
+    )
+    with up("--config", str(tmp_path), "--model", "demo") as launcher:
+        launcher.ready_line()
+
+        def voters() -> list[str]:
+            answer = httpx.get(f"{launcher.admin}/cluster", timeout=5, trust_env=False)
+            return sorted(voter["name"] for voter in answer.json()["election"]["voters"])
+
+        within("all three vote", lambda: voters() == ["mini1", "mini2", "witness"])
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.process.wait(30) == 0
+        assert "Traceback" not in launcher.rest()
+    assert is_free("127.0.0.1", launcher.first_port + 19), "the witness is gone"
