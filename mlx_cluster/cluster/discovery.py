@@ -51,6 +51,8 @@ def read(properties: Mapping[bytes, bytes | None], port: int | None, addresses: 
             texts[key.decode()] = value.decode()
         except UnicodeDecodeError:
             return None
+        if not texts[key.decode()].isprintable():  # it will stand in a log
+            return None
     node_id = texts["node_id"]
     if not (node_id.isascii() and node_id.isdecimal() and len(node_id) <= 3) or port is None:
         return None

@@ -212,9 +212,12 @@ class Discovery:
         if not await info.async_request(zeroconf, ANSWER_SECONDS * 1000):
             return
         said = read(info.properties, info.port, info.parsed_addresses(IPVersion.All))
-        reason = self.hints.heard(name, said) if said is not None else "it is no announcement of a node"
-        if reason or said is None:
-            _log.debug("an mDNS service is ignored", service=name[:MAX_LABEL], reason=reason)
-        else:
-            found = list(self.hints.of(said.node_id))
-            _log.info("mDNS tells of a node", node=said.name, version=said.version, further_addresses=found)
+        if said is None:
+            self.hints.gone(name)
+            return
+        before = self.hints.of(said.node_id)
+        reason, found = self.hints.heard(name, said), self.hints.of(said.node_id)
+        if reason:
+            _log.debug("an mDNS service is ignored", service=repr(name[:MAX_LABEL]), reason=reason)
+        elif found != before:
+            _log.info("mDNS tells of a node", node=said.name, version=said.version, further_addresses=list(found))

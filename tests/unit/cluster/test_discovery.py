@@ -38,6 +38,7 @@ def test_what_is_written_is_read() -> None:
         {b"node_id": b"1234"},
         {b"node_id": "²".encode()},
         {b"name": b"\xff"},
+        {b"version": b"1\n2026-01-01 a line of its own"},
         {b"version": b"v" * 256},
     ],
 )
