@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +125,8 @@ async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
         yield line
 
 
-async def _load(urls: list[str], strike: Callable[[], None] | None) -> list[Stream]:
-    streams = [Stream(body) for body in bodies()]
+async def _load(urls: list[str], strike: Callable[[], None] | None, asked: Sequence[dict[str, Any]]) -> list[Stream]:
+    streams = [Stream(body) for body in asked]
     struck = False
 
     def progress() -> None:
@@ -141,9 +141,14 @@ async def _load(urls: list[str], strike: Callable[[], None] | None) -> list[Stre
     return streams
 
 
-def load(urls: list[str], strike: Callable[[], None] | None = None) -> list[Stream]:
-    """All streams at once, to their ends; ``strike`` is called when each of them has had ``SIGNAL_AFTER`` tokens."""
-    return asyncio.run(_load(urls, strike))
+def load(
+    urls: list[str], strike: Callable[[], None] | None = None, asked: Sequence[dict[str, Any]] | None = None
+) -> list[Stream]:
+    """All streams at once, to their ends; ``strike`` is called when each of them has had ``SIGNAL_AFTER`` tokens.
+
+    ``asked`` are the bodies that they send, by default all sixteen.
+    """
+    return asyncio.run(_load(urls, strike, bodies() if asked is None else asked))
 
 
 @dataclass(slots=True)

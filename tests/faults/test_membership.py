@@ -15,7 +15,8 @@ import pytest
 
 from mlx_cluster import demo
 from tests.e2e.cluster_processes import ClusterProcesses, running, within
-from tests.faults.fleet import CELL_SECONDS, Stream, load
+from tests.faults.fleet import CELL_SECONDS, Stream, bodies
+from tests.faults.fleet import load as load_with
 
 pytestmark = pytest.mark.timeout(6 * CELL_SECONDS)
 
@@ -34,6 +35,11 @@ def made(folder: Path, num_nodes: int, nodes: dict[int, dict[str, Any]], **secti
         settings[section] = {**settings.get(section, {}), **values}
     cluster.amend(settings)
     return cluster
+
+
+def load(urls: list[str], strike: Callable[[], None] | None = None) -> list[Stream]:
+    """Four greedy and four seeded streams: half of the matrix's, for what matters here is who comes and goes."""
+    return load_with(urls, strike, bodies()[::2])
 
 
 def holders(cluster: ClusterProcesses, node: int = 0) -> list[int]:
