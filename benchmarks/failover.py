@@ -14,7 +14,8 @@ ring. After each cell the node is brought back, and the answers must be those of
 
 Printed, as medians over the repetitions: from the signal to the first news of it (a lost pipeline or coordinator, a
 dead or leaving node: `GET /cluster` of any node); from the signal to the first token after a stream's longest pause,
-the median and the last of the streams; and the longest pause that any client saw. `--coordinator` alternates quiet
+the median and the last of the streams (0 for one that never paused for half a second); and the longest pause that any
+client saw. `--coordinator` alternates quiet
 runs with runs in which the coordinator, which holds no stage, is killed; `--throughput` is told in `failing.py`.
 """
 
@@ -46,6 +47,7 @@ ENGINE, STAGE = 1, 2
 SIGNALS = {number.name: number for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)}
 NOTICES = ("pipeline_lost", "node_dead", "node_left", "coordinator_lost")
 FAILURES = (AssertionError, TimeoutError, httpx.HTTPError, ProcessLookupError)
+INTERRUPTED_SECONDS = 0.5  # a stream whose longest pause is shorter has not been interrupted
 ALLOWED_GAP_SECONDS = 0.050  # beyond the quiet run's, when a coordinator without a stage dies
 
 
@@ -143,7 +145,7 @@ def measure(cell: Cell, four: Fleet) -> dict[str, Any]:
     at = four.struck_at
     pictures = four.pictures()
     gaps = [stream.longest_gap(at) for stream in streams]
-    after = [end - at for _, end in gaps]
+    after = [end - at if gap >= INTERRUPTED_SECONDS else 0.0 for gap, end in gaps]
     return {
         **noticed(pictures, time.time() - time.monotonic() + at),
         "resumed_median": statistics.median(after),

@@ -82,7 +82,9 @@ class Timing:
     canary_seconds: float = 120.0
     first_pause_seconds: float = 0.5
     longest_pause_seconds: float = 15.0
-    settled_seconds: float = 60.0  # a pipeline that was ready this long starts its pauses anew
+    settled_seconds: float = (
+        5.0  # a pipeline that was ready this long starts its pauses anew: it works, and was hit again
+    )
 
 
 EngineMaker = Callable[[Plan, Epoch, Sequence[str], Sequence[RowCost]], DrivenEngine]

@@ -228,6 +228,16 @@ async def test_only_the_stage_that_hung_is_started_afresh_and_only_once() -> Non
     await world.end()
 
 
+async def test_a_pipeline_that_had_worked_comes_back_at_once_however_often_it_is_hit() -> None:
+    """Pauses are for what does not come up or breaks at once: here they would last longer than the test."""
+    world = World(TWO, Timing(first_pause_seconds=1000.0, longest_pause_seconds=1000.0, settled_seconds=0.0))
+    for incarnation in (1, 2, 3, 4):
+        await world.ready(incarnation)
+        world.engines[-1].lost.set()
+    await world.ready(5)
+    await world.end()
+
+
 async def test_no_engine_is_offered_before_a_token_went_through() -> None:
     world = World(TWO)
     world.canary_errors = [StageStartError("no token")]
