@@ -15,8 +15,8 @@ ring. After each cell the node is brought back, and the answers must be those of
 Printed, as medians over the repetitions: from the signal to the first news of it (a lost pipeline or coordinator, a
 dead or leaving node: `GET /cluster` of any node); from the signal to the first token after a stream's longest pause,
 the median and the last of the streams (0 for one that never paused for half a second); and the longest pause that any
-client saw. `--coordinator` alternates quiet
-runs with runs in which the coordinator, which holds no stage, is killed; `--throughput` is told in `failing.py`.
+client saw. `--coordinator` alternates quiet runs with runs in which the coordinator, which holds no stage, is killed;
+`--throughput` is told in `failing.py`.
 """
 
 from __future__ import annotations
