@@ -22,7 +22,7 @@ from mlx_cluster.config.schema import ApiGatewaySection
 from mlx_cluster.errors import ClusterError, DeadlineExceeded, Overloaded
 from mlx_cluster.gateway.ask import Ask
 from mlx_cluster.gateway.catalogue import Catalogue
-from mlx_cluster.gateway.client import ClientGone, Receive, Send, send_within, unless_gone
+from mlx_cluster.gateway.client import SEND_BODY, ClientGone, Receive, Send, send_within, unless_gone
 from mlx_cluster.gateway.echo import Echoed
 from mlx_cluster.gateway.errors import SlowReader, is_internal
 from mlx_cluster.gateway.idempotency import KeyBook
@@ -103,14 +103,14 @@ class GenerationResponse(Response):
         self._content_type = content_type  # of a stream
         self._started_at = asyncio.get_running_loop().time()
 
-    async def __call__(self, _scope: Any, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._exchange(send))
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, self._exchange(send, scope["state"][SEND_BODY]))
 
-    async def _exchange(self, send: Send) -> None:
+    async def _exchange(self, send: Send, send_body: Send) -> None:
         # The place is free and the engine's rows are released before the last bytes go out: a client that sends its
         # next request as soon as it has its answer must not find its own old one in the way.
         if self._ask.stream:
-            writer = EventWriter(send, self._gateway.settings.slow_reader_timeout, self._content_type)
+            writer = EventWriter(send, send_body, self._gateway.settings.slow_reader_timeout, self._content_type)
             with self._gateway.place():
                 last = await self._stream(writer)
             try:

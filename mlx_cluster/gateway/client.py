@@ -22,6 +22,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+# In an exchange's state: what sends the parts of a body before the last one, past all middleware: none looks at them.
+SEND_BODY = "send_body"
+
 
 class ClientGone(Exception):
     """The client closed its connection, or stopped reading; there is nobody to answer."""

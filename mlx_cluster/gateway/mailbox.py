@@ -42,19 +42,21 @@ class Mailbox(Generic[T]):
             try:
                 await room
             except asyncio.CancelledError:
-                self._let_one_in()  # should this one's turn have come: it is another's now
+                self._let_some_in()  # should this one's turn have come: it is another's now
                 raise
         self._items.append(item)
         self._wake_reader()
 
-    def get_nowait(self) -> T:
-        """Raises ``IndexError`` when there is nothing."""
-        item = self._items.popleft()
-        self._let_one_in()
-        return item
+    def take(self) -> list[T]:
+        """All items that are there."""
+        items = list(self._items)
+        self._items.clear()
+        if self._writers:
+            self._let_some_in()
+        return items
 
-    async def get_until(self, when: float) -> T:
-        """The next item; raises ``TimeoutError`` when there is none by ``when``, a time of the event loop's clock."""
+    async def take_until(self, when: float) -> list[T]:
+        """All items, at least one; raises ``TimeoutError`` when there is none by ``when``, on the loop's clock."""
         while not self._items:
             loop = asyncio.get_running_loop()
             if loop.time() >= when:
@@ -67,7 +69,7 @@ class Mailbox(Generic[T]):
                 await self._reader
             finally:
                 self._reader = None
-        return self.get_nowait()
+        return self.take()
 
     def close(self) -> None:
         if self._alarm is not None:
@@ -92,9 +94,11 @@ class Mailbox(Generic[T]):
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    def _let_one_in(self) -> None:
-        while self._writers and len(self._items) < self._most:
-            room = self._writers.popleft()
-            if not room.done():
-                room.set_result(None)
-                return
+    def _let_some_in(self) -> None:
+        """Wake as many writers as there is room for."""
+        room = self._most - len(self._items)
+        while self._writers and room > 0:
+            writer = self._writers.popleft()
+            if not writer.done():
+                writer.set_result(None)
+                room -= 1

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from mlx_cluster import log
 from mlx_cluster.errors import ClusterError
 from mlx_cluster.gateway import messages_errors, ollama_dialect
-from mlx_cluster.gateway.client import ClientGone, Message, Receive, Send
+from mlx_cluster.gateway.client import SEND_BODY, ClientGone, Message, Receive, Send
 from mlx_cluster.gateway.errors import HeadersTooLarge, error_bytes, error_headers, form_of, is_internal
 from mlx_cluster.gateway.origin import Headers, OriginPolicy
 from mlx_cluster.metrics import GatewayMetrics
@@ -46,7 +46,8 @@ class Exchange:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope["headers"])
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"], state[SEND_BODY] = request_id, send
         asked = dict(scope["headers"])
         origin = _text(asked.get(b"origin"))
         own_headers = [(b"x-request-id", request_id.encode()), *self._policy.answer_headers(origin)]

@@ -284,27 +284,25 @@ class Session:
 
         That time comes also while there is news that no client sees, such as attempts to find an engine.
         """
-        items: list[tuple[int, Item]] = []
+        time = asyncio.get_running_loop().time
         if self._queue.empty():
-            now = asyncio.get_running_loop().time()
             # While choices recover, their own patience is the limit (``attempts``).
             deadline = math.inf if self._paused_at else self._deadline
-            if now >= deadline:
+            if time() >= deadline:
                 raise self._too_late()
             try:
-                items.append(
-                    await self._queue.get_until(min(deadline, self._shown_at + self._limits.keepalive_seconds))
-                )
+                items = await self._queue.take_until(min(deadline, self._shown_at + self._limits.keepalive_seconds))
             except TimeoutError:
-                self._shown_at = asyncio.get_running_loop().time()
+                self._shown_at = time()
                 return []
-        while not self._queue.empty():
-            items.append(self._queue.get_nowait())
-        now = asyncio.get_running_loop().time()
-        if any(isinstance(item, Token) for _, item in items):
-            self._deadline = now + self._limits.idle_seconds
+        else:
+            items = self._queue.take()
+        now = time()
         for choice, item in items:
-            self._note_recovery(choice, item, now)
+            if isinstance(item, Token):
+                self._deadline = now + self._limits.idle_seconds
+            if self._recovering or isinstance(item, Broken):
+                self._note_recovery(choice, item, now)
         return items
 
     def _note_recovery(self, choice: int, item: Item, now: float) -> None:

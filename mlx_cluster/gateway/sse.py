@@ -22,13 +22,17 @@ _HEADERS = [
 
 
 class EventWriter:
-    """Every method raises ``ClientGone`` when the client left; ``write`` raises ``SlowReader`` when it is only slow.
+    """``send_body`` takes the parts between the status and the end: the server's own, which nobody in between counts.
+
+    Every method raises ``ClientGone`` when the client left; ``write`` raises ``SlowReader`` when it is only slow.
 
     After a ``SlowReader`` one more ``write`` may tell the client why its stream ends, should it read on.
     """
 
-    def __init__(self, send: Send, write_timeout_seconds: float, content_type: bytes = EVENT_STREAM) -> None:
-        self._send = send
+    def __init__(
+        self, send: Send, send_body: Send, write_timeout_seconds: float, content_type: bytes = EVENT_STREAM
+    ) -> None:
+        self._send, self._send_body = send, send_body
         self._headers = [(b"content-type", content_type), *_HEADERS]
         self._seconds = write_timeout_seconds
 
@@ -40,7 +44,7 @@ class EventWriter:
     async def write(self, data: bytes) -> None:
         """One or more whole events."""
         message: Message = {"type": "http.response.body", "body": data, "more_body": True}
-        if not await send_before(self._send, message, self._seconds):
+        if not await send_before(self._send_body, message, self._seconds):
             raise SlowReader(
                 f"nothing was read from this stream for {self._seconds:g} s (api_gateway.slow_reader_timeout): the "
                 "answer was given up; read it faster, or ask without stream"
