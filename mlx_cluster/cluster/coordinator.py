@@ -229,13 +229,18 @@ def _holders(plan: Plan, fit: Iterable[NodeStatus]) -> frozenset[int]:
 
 
 def _drained(document: ClusterDocument, living: Iterable[NodeStatus]) -> frozenset[int]:
-    """Nodes that the operator has drained, and those that have been told to end and wait until they are free."""
-    return frozenset(document.drained) | {s.node_id for s in living if s.draining}
+    """Nodes that the operator has drained, and those that have been told to end and wait until they are free.
+
+    Nobody, when there is no other living node to move to: what runs then stays where it is.
+    """
+    living = tuple(living)
+    named = frozenset(document.drained) | {s.node_id for s in living if s.draining}
+    return named if any(s.node_id not in named for s in living) else frozenset()
 
 
 def _fit(living: tuple[NodeStatus, ...], drained: frozenset[int]) -> tuple[NodeStatus, ...]:
-    """Who may get work: the living that are not drained; all of them when everybody is."""
-    return tuple(s for s in living if s.node_id not in drained) or living
+    """Who may get work: the living that are not drained."""
+    return tuple(s for s in living if s.node_id not in drained)
 
 
 def _runs(plan: Plan, living: Iterable[NodeStatus]) -> bool:

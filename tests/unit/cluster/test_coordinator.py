@@ -447,3 +447,17 @@ def test_what_only_draining_nodes_can_hold_stays_where_it_is() -> None:
     draining = told(document, THREE)
     draining = {**draining, 1: replace(draining[1], draining=True)}  # type: ignore[type-var]
     assert made.decide(view(0, draining), LED, document, 2.0).commit is None
+
+
+def test_where_everybody_drains_nothing_moves_any_more() -> None:
+    """As when all nodes are told to end at once: a new plan would cut the streams that they wait for."""
+    made = coordinator()
+    document = committed(made.decide(view(0, THREE), LED, EMPTY, 1.0))
+    nodes = told(document, THREE)
+    draining = {i: replace(node, draining=True) for i, node in nodes.items()}  # type: ignore[type-var]
+    for now in (2.0, 3.0):
+        assert made.decide(view(0, draining), LED, document, now).commit is None
+    drained = replace(document, drained=(0, 1, 2), version=document.version + 1)
+    assert made.decide(view(0, told(drained, THREE)), LED, drained, 4.0).commit is None
+    blank = {i: replace(node, draining=True) for i, node in told(EMPTY, THREE).items()}  # type: ignore[type-var]
+    assert coordinator().decide(view(0, blank), LED, EMPTY, 1.0).commit is not None, "a model without a plan gets one"
