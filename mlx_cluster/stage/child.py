@@ -218,6 +218,7 @@ class StageChild:
         error = await _serve(worker, stream, following)
         if not spec.keep:
             raise error
+        await ends.cut()
         logger.info("the epoch is over", code=error.code, error=str(error))
         self._events.emit(StageEvent("ended", code=error.code, message=str(error)))
         return following

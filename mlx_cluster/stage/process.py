@@ -28,7 +28,7 @@ _LINK_MARGIN_SECONDS = 5.0
 
 # For a process to let go of one epoch and begin another. One that is frozen, or whose device is stuck in a computation,
 # does not answer; neither does one that computes longer than this, which then costs a load and nothing else.
-ADOPT_SECONDS = 3.0
+ADOPT_SECONDS = 5.0
 # A process that did not answer for so long does not hear SIGTERM either.
 _HUNG_GRACE_SECONDS = 0.2
 

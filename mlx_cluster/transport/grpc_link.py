@@ -306,6 +306,11 @@ class GrpcSendEnd:
         if self._over is not None:
             raise type(self._over)(str(self._over))
 
+    def cut(self) -> None:
+        """Let go at once, whatever is on its way; the next stage hears that the stream is gone."""
+        self._over = self._over or LinkClosed(f"{self._name}: stage {self.hop.sender} cut it")
+        self._stream.call.cancel()
+
     async def close(self) -> None:
         """Let what was sent arrive (within ``CLOSE_SECONDS``), then let go."""
         if self._over is None:

@@ -37,6 +37,12 @@ class Links:
             if end is not None:
                 await end.close()
 
+    async def cut(self) -> None:
+        """Close both ends without waiting for a peer: what is on its way belongs to an epoch that is over."""
+        if isinstance(self.send, GrpcSendEnd):
+            self.send.cut()
+        await self.close()
+
 
 async def open_links(
     kind: str,

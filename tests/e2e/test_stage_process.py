@@ -27,6 +27,7 @@ from mlx_cluster.errors import CheckpointError, Fenced, LinkUnavailable, PortInU
 from mlx_cluster.microbatch import Kind, Load, Microbatch, Report, RowSpec
 from mlx_cluster.plan import Epoch, ModelRef, Plan, StageAssignment
 from mlx_cluster.request import Sampling
+from mlx_cluster.stage import process
 from mlx_cluster.stage.emulation import scripted_token
 from mlx_cluster.stage.process import StageProcess
 from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, EmulationSpec, LinkCommand, StageEvent, StageSpec
@@ -351,7 +352,8 @@ async def test_a_process_in_the_middle_of_its_epoch_is_called_away_from_it() -> 
         assert str(NEXT) in reason
 
 
-async def test_a_frozen_process_is_not_kept() -> None:
+async def test_a_frozen_process_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "ADOPT_SECONDS", 0.5)
     spec = kept(spec_of(plan(1), 0))
     async with started(spec) as (held,):
         await held.process.loaded()
@@ -361,8 +363,9 @@ async def test_a_frozen_process_is_not_kept() -> None:
         assert not alive(held.process.pid)
 
 
-async def test_a_process_whose_device_is_stuck_is_not_kept() -> None:
+async def test_a_process_whose_device_is_stuck_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its event loop answers ticks all the while."""
+    monkeypatch.setattr(process, "ADOPT_SECONDS", 1.0)
     one = plan(1)
     stuck = EmulationSpec(seconds_per_step=PATIENCE_SECONDS, burn_python_seconds=PATIENCE_SECONDS)
     spec = kept(replace(spec_of(one, 0), emulation=stuck))
