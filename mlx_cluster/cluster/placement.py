@@ -104,12 +104,15 @@ def place(
     manual: Sequence[ManualRange] = (),
     objective: Objective = "throughput",
     hop_bytes: int = 0,
+    loaded: Mapping[int, tuple[int, int]] | None = None,
 ) -> Placement:
     """Place a model on ``nodes``, in their order.
 
     A ``manual`` split is obeyed while all its nodes are among ``nodes``, else placement is automatic. ``hop_bytes`` is
-    what one more stage costs, as bytes of weights read meanwhile at speed 1. Raises ``PlanError`` when the split leaves
-    a gap or overlaps, or when the model does not fit: the message names the bytes and the node.
+    what one more stage costs, as bytes of weights read meanwhile at speed 1. ``loaded`` is the range that a node's
+    stage process holds already: among placements of the same cost the one is taken that keeps most of these bytes.
+    Raises ``PlanError`` when the split leaves a gap or overlaps, or when the model does not fit: the message names the
+    bytes and the node.
     """
     if not nodes:
         raise PlanError("no node is there to hold the model: start one")
@@ -120,7 +123,7 @@ def place(
     if manual and not away:
         return _obey(table, manual)
     why = f"automatic: nodes {', '.join(map(str, away))} of the split are away; " if away else "automatic: "
-    return _choose(table, objective, hop_bytes, why)
+    return _choose(table, objective, hop_bytes, why, loaded or {})
 
 
 def stage_bytes(costs: ModelCosts, start: int, end: int) -> int:
@@ -176,6 +179,14 @@ class _Table:
             read += self.costs.head_cost
         return round(read * (self.fastest / self.nodes[node].speed))
 
+    def kept(self, node: int, start: int, end: int, loaded: Mapping[int, tuple[int, int]]) -> int:
+        """Bytes of these layers that the node has loaded already."""
+        there = loaded.get(self.nodes[node].node_id)
+        if there is None:
+            return 0
+        low, high = max(start, there[0]), min(end, there[1])
+        return self._sums[high] - self._sums[low] if low < high else 0
+
     def may_end(self, end: int) -> bool:
         """Whether the family of the model allows a stage to end before layer ``end``."""
         return end == self.num_layers or self.costs.legal_cuts is None or end in self.costs.legal_cuts
@@ -229,7 +240,9 @@ def _add(left: Value, right: Value) -> Value:
     return tuple(a + b for a, b in zip(left, right, strict=True))
 
 
-def _choose(table: _Table, objective: Objective, hop_bytes: int, why: str) -> Placement:
+def _choose(
+    table: _Table, objective: Objective, hop_bytes: int, why: str, loaded: Mapping[int, tuple[int, int]]
+) -> Placement:
     def time(node: int, start: int, end: int) -> Value | None:
         return None if table.excess(node, start, end) else (table.time(node, start, end),)
 
@@ -242,10 +255,12 @@ def _choose(table: _Table, objective: Objective, hop_bytes: int, why: str) -> Pl
         own = table.time(node, start, end)
         if table.excess(node, start, end) or (bound is not None and own > bound):
             return None
-        # Among equals the most even one: the least sum of squares.
-        return (own + hop_bytes, own * own)
+        kept = table.kept(node, start, end, loaded)
+        # Among equals the one that leaves most loaded layers where they are, then the most even one: the least sum of
+        # squares.
+        return (own + hop_bytes, -kept, own * own)
 
-    chosen = _best(table, costs, _add, (0, 0))
+    chosen = _best(table, costs, _add, (0, 0, 0))
     assert chosen is not None, "the ranges of the first pass keep their own bound"
     ranges = chosen[1]
     top = max(ranges, key=lambda r: table.time(*r))

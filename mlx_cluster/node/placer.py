@@ -61,7 +61,8 @@ class ClusterPlacer:
                 return [place(costs, budgets, manual=manual)]
             if len(names) > 1:
                 return place_replicas(costs, budgets, len(names), objective=entry.objective)
-            return [place(costs, budgets, manual=manual, objective=entry.objective)]
+            held = loaded_layers(names[0], nodes) if names else {}
+            return [place(costs, budgets, manual=manual, objective=entry.objective, loaded=held)]
 
         placements = self._first_that_fits(facts, holders, nodes, attempt)
         return tuple(
@@ -83,7 +84,8 @@ class ClusterPlacer:
         costs, budgets = self._weighed(facts, facts.dense_ratio, usable, nodes, others)
         now = [ManualRange(s.node_id, s.start, s.end) for s in plan.stages]
         try:
-            best = place(costs, budgets, objective=entry.objective)
+            held = loaded_layers(plan.pipeline, nodes)
+            best = place(costs, budgets, objective=entry.objective, loaded=held)
             # A standby whose work somebody else can do is relieved, whether that is quicker or not.
             if stays and not pays(place(costs, budgets, manual=now), best):
                 return None
@@ -164,6 +166,16 @@ def free_names(model_id: str, replicas: int, kept: Iterable[Plan]) -> list[str]:
     taken = {plan.pipeline for plan in kept}
     names = [model_id, *(f"{model_id}#{number}" for number in range(2, replicas + 1))]
     return [name for name in names if name not in taken]
+
+
+def loaded_layers(pipeline: str, nodes: Iterable[NodeStatus]) -> dict[int, tuple[int, int]]:
+    """Which layers of a pipeline the nodes' processes hold, by node id."""
+    return {
+        status.node_id: (stage.start, stage.end)
+        for status in nodes
+        for stage in status.stages
+        if stage.pipeline == pipeline and stage.pid and stage.state in ("loaded", "linking", "linked")
+    }
 
 
 def promised(kept: Sequence[Plan], nodes: Sequence[NodeStatus]) -> dict[int, Load]:

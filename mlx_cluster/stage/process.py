@@ -19,7 +19,7 @@ from mlx_cluster import lifeline
 from mlx_cluster.config.schema import RuntimeSection
 from mlx_cluster.errors import ClusterError, LinkUnavailable, StageStartError
 from mlx_cluster.stage import blas
-from mlx_cluster.stage.spec import TICK_LINE, TICK_SECONDS, LinkCommand, StageEvent, StageSpec
+from mlx_cluster.stage.spec import AGENT_SILENCE_SECONDS, TICK_LINE, TICK_SECONDS, LinkCommand, StageEvent, StageSpec
 from mlx_cluster.wire import error_from_code
 
 STOP_GRACE_SECONDS = 5.0
@@ -27,8 +27,9 @@ STOP_GRACE_SECONDS = 5.0
 _LINK_MARGIN_SECONDS = 5.0
 
 # For a process to let go of one epoch and begin another. One that is frozen, or whose device is stuck in a computation,
-# does not answer; neither does one that computes longer than this, which then costs a load and nothing else.
-ADOPT_SECONDS = 5.0
+# does not answer; neither does one that computes longer than this, which then costs a load and nothing else. It is what
+# counts as frozen elsewhere too: a healthy process lets go in a tenth of a second, on a starved machine in several.
+ADOPT_SECONDS = float(AGENT_SILENCE_SECONDS)
 # A process that did not answer for so long does not hear SIGTERM either.
 _HUNG_GRACE_SECONDS = 0.2
 

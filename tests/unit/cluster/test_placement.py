@@ -48,6 +48,13 @@ def test_the_head_counts_as_layers() -> None:
     assert counts(placed) == {0: 10, 1: 10, 2: 8}
 
 
+def test_of_equal_cuts_the_one_is_made_that_leaves_loaded_layers_where_they_are() -> None:
+    seven = ModelCosts(0, (100,) * 7, 0)
+    assert counts(place(seven, nodes(None, None))) == {0: 4, 1: 3}
+    assert counts(place(seven, nodes(None, None), loaded={1: (3, 7)})) == {0: 3, 1: 4}
+    assert counts(place(EVEN, nodes(None, None), loaded={1: (3, 28)})) == {0: 14, 1: 14}, "never at the cost of speed"
+
+
 def test_a_fast_node_gets_more() -> None:
     assert counts(place(EVEN, nodes(None, None, speeds=(3.0, 1.0)))) == {0: 21, 1: 7}
 
@@ -176,6 +183,12 @@ clusters = st.lists(
     st.tuples(st.none() | st.integers(0, 250), st.sampled_from([0.5, 1.0, 1.7, 4.0])), min_size=1, max_size=4
 ).map(lambda rows: [NodeBudget(i, f"n{i}", budget, speed) for i, (budget, speed) in enumerate(rows)])
 
+loads = st.dictionaries(
+    st.integers(0, 4),
+    st.tuples(st.integers(0, 5), st.integers(1, 6)).map(lambda pair: (pair[0], sum(pair))),
+    max_size=4,
+)
+
 
 def every_cut(costs: ModelCosts, cluster: list[NodeBudget]) -> list[list[tuple[NodeBudget, int, int]]]:
     """Every choice of nodes, in their order, with every choice of borders that keeps the budgets."""
@@ -201,27 +214,33 @@ def seconds(costs: ModelCosts, node: NodeBudget, start: int, end: int, fastest: 
 
 
 @settings(max_examples=200, deadline=None)
-@given(models, clusters, st.sampled_from(["throughput", "latency"]), st.integers(0, 30))
+@given(models, clusters, st.sampled_from(["throughput", "latency"]), st.integers(0, 30), loads)
 def test_as_good_as_trying_everything(
-    costs: ModelCosts, cluster: list[NodeBudget], objective: Objective, hop: int
+    costs: ModelCosts,
+    cluster: list[NodeBudget],
+    objective: Objective,
+    hop: int,
+    loaded: dict[int, tuple[int, int]],
 ) -> None:
     fastest = max(node.speed for node in cluster)
 
     def score(cut: list[tuple[NodeBudget, int, int]]) -> tuple[int, ...]:
         times = [seconds(costs, n, a, b, fastest) for n, a, b in cut]
         total = sum(times) + hop * len(times)
-        return (max(times), total) if objective == "throughput" else (total,)
+        ranges = [(max(a, there[0]), min(b, there[1])) for n, a, b in cut if (there := loaded.get(n.node_id))]
+        kept = sum(sum(costs.layer_bytes[low:high]) for low, high in ranges)
+        return (max(times), total, -kept) if objective == "throughput" else (total, -kept)
 
     cuts = every_cut(costs, cluster)
     if not cuts:
         with pytest.raises(PlanError, match="does not fit"):
             place(costs, cluster, objective=objective, hop_bytes=hop)
         return
-    placed = place(costs, cluster, objective=objective, hop_bytes=hop)
+    placed = place(costs, cluster, objective=objective, hop_bytes=hop, loaded=loaded)
     by_id = {node.node_id: node for node in cluster}
     cut = [(by_id[a.node_id], a.start, a.end) for a in placed.assignments]
     check_cover([(a, b) for _, a, b in cut], costs.num_layers)
     assert all(n.budget_bytes is None or memory(costs, a, b) <= n.budget_bytes for n, a, b in cut)
     assert [s.memory_bytes for s in placed.stages] == [memory(costs, a, b) for _, a, b in cut]
     assert score(cut) == min(map(score, cuts))
-    assert placed == place(costs, cluster, objective=objective, hop_bytes=hop)
+    assert placed == place(costs, cluster, objective=objective, hop_bytes=hop, loaded=loaded)

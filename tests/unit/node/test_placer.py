@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlx_cluster.cluster.status import ModelFacts, NodeStatus, PipelineStatus
+from mlx_cluster.cluster.status import ModelFacts, NodeStatus, PipelineStatus, StageStatus
 from mlx_cluster.config.schema import ModelEntry, Settings
 from mlx_cluster.errors import LinkUnavailable, PlanError
 from mlx_cluster.node.placer import ClusterPlacer, costs_of, with_transport
@@ -42,6 +42,26 @@ def test_an_automatic_plan_covers_the_model_over_all_nodes() -> None:
     assert [(s.node_id, s.start, s.end) for s in made.stages] == [(0, 0, 2), (1, 2, 4), (2, 4, 6)]
     assert (made.version, made.pipeline, made.model.manifest_hash) == (7, "tiny", "m1")
     assert (made.transport, made.transport_reason[:5]) == ("ring", "auto:")
+
+
+def test_layers_that_a_living_process_holds_stay_where_a_plan_is_as_good() -> None:
+    seven = (replace(facts(layers=7), head_bytes=0),)
+
+    def holding(node_id: int, start: int, end: int, **changes: Any) -> NodeStatus:
+        values = {"pipeline": "tiny", "epoch": Epoch(1, 1), "index": 1, "start": start, "end": end}
+        stage = StageStatus(**(values | changes))
+        return status(node_id, models=seven, stages=(stage,))
+
+    def ends(second: NodeStatus) -> list[int]:
+        return [s.end for s in only(ClusterPlacer(settings()), (status(0, models=seven), second)).stages]
+
+    other = ends(status(1, models=seven))
+    (border, _) = other
+    elsewhere = 7 - border
+    assert border != elsewhere
+    assert ends(holding(1, elsewhere, 7, pid=4711, state="loaded")) == [elsewhere, 7]
+    assert ends(holding(1, elsewhere, 7, pid=0, state="failed")) == other
+    assert ends(holding(1, elsewhere, 7, pid=4711, state="loaded", pipeline="another")) == other
 
 
 def test_a_manual_split_is_obeyed_while_its_nodes_live() -> None:
