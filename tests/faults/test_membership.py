@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mlx_cluster import demo
 from tests.e2e.cluster_processes import ClusterProcesses, running, within
 from tests.faults.fleet import CELL_SECONDS, Stream, bodies
 from tests.faults.fleet import load as load_with
+from tests.unit.node.test_discovery import loopback_has_multicast
 
 pytestmark = pytest.mark.timeout(6 * CELL_SECONDS)
 
@@ -191,3 +194,40 @@ def operator(cluster: ClusterProcesses, verb: str, node: str) -> subprocess.Pope
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+# -- addresses that nobody configured ------------------------------------------------------------------------
+
+
+def test_nodes_with_wrong_addresses_for_each_other_meet_by_mdns(tmp_path: Path) -> None:
+    """Each configuration has the other node where nothing listens; what they advertise is the only way."""
+    if not loopback_has_multicast():
+        pytest.skip("this machine's loopback interface carries no multicast")
+    nodes = {i: {"interfaces": ["127.0.0.1"]} for i in range(2)}
+    discovering = {"cluster": {"discovery": "mdns"}, "coordinator": {"health_check_interval": 0.5}}
+    cluster = made(tmp_path, 2, nodes, models={"tiny": {"path": str(tmp_path / "none")}})
+    cluster.amend(discovering)
+    tree = yaml.safe_load((tmp_path / "cluster.yaml").read_text())
+    try:
+        for node in range(2):
+            own = copy.deepcopy(tree)
+            own["cluster"]["nodes"][1 - node]["host"] = "127.0.0.3"
+            own["api_gateway"]["port"] += node  # the first gateway on its host takes the first port
+            cluster.folder = tmp_path / f"config{node}"
+            cluster.folder.mkdir()
+            (cluster.folder / "cluster.yaml").write_text(yaml.safe_dump(own))
+            cluster.start(node)
+
+        def met(node: int) -> bool:
+            picture = cluster.admin(node=node)
+            return (
+                picture is not None
+                and all(each["state"] == "alive" for each in picture["nodes"])
+                and picture["coordinator"]["node_id"] is not None
+                and len(picture["election"]["voters"]) == 2
+            )
+
+        for node in range(2):
+            within(f"node {node} knows the other", lambda node=node: met(node), CELL_SECONDS)
+    finally:
+        cluster.stop()
