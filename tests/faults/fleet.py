@@ -125,7 +125,9 @@ async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
         yield line
 
 
-async def _load(urls: list[str], strike: Callable[[], None] | None, asked: Sequence[dict[str, Any]]) -> list[Stream]:
+async def _load(
+    urls: list[str], strike: Callable[[], None] | None, asked: Sequence[dict[str, Any]], seconds: float
+) -> list[Stream]:
     streams = [Stream(body) for body in asked]
     struck = False
 
@@ -135,20 +137,23 @@ async def _load(urls: list[str], strike: Callable[[], None] | None, asked: Seque
             struck = True
             strike()
 
-    async with asyncio.timeout(CELL_SECONDS):
+    async with asyncio.timeout(seconds):
         await asyncio.gather(*(_read(stream, urls, progress) for stream in streams))
     assert struck or strike is None, "the streams ended before the signal"
     return streams
 
 
 def load(
-    urls: list[str], strike: Callable[[], None] | None = None, asked: Sequence[dict[str, Any]] | None = None
+    urls: list[str],
+    strike: Callable[[], None] | None = None,
+    asked: Sequence[dict[str, Any]] | None = None,
+    seconds: float = CELL_SECONDS,
 ) -> list[Stream]:
     """All streams at once, to their ends; ``strike`` is called when each of them has had ``SIGNAL_AFTER`` tokens.
 
-    ``asked`` are the bodies that they send, by default all sixteen.
+    ``asked`` are the bodies that they send, by default all sixteen. Raises ``TimeoutError`` after ``seconds``.
     """
-    return asyncio.run(_load(urls, strike, bodies() if asked is None else asked))
+    return asyncio.run(_load(urls, strike, bodies() if asked is None else asked, seconds))
 
 
 @dataclass(slots=True)
