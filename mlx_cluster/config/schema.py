@@ -238,7 +238,9 @@ class RuntimeSection(Section):
     # A configured model that this node lacks: copied from a peer, else downloaded (fetch); from peers only; or neither.
     missing_models: Literal["fetch", "peers", "off"] = "fetch"
     load_timeout: Annotated[float, Field(gt=0)] = 600.0
-    hang_timeout: Annotated[float, Field(gt=0)] = 60.0  # floor of the deadline on a stage's report
+    # Seconds without any stage's report until the one that is due counts as hung; longer for a chunk that is predicted
+    # to take more than a tenth of it. Kernels that are compiled at their first use must fit.
+    hang_timeout: Annotated[float, Field(gt=0)] = 60.0
     # Memory of each stage for the rows' keys and values: an amount, a share of what is free ("50%"), or all of it.
     kv_budget: KvBudget = "auto"
     # Seconds that SIGTERM gives a node for its stages to move and its streams to end; SIGINT gives it none.

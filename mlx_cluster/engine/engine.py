@@ -21,6 +21,7 @@ from mlx_cluster.engine.chunking import ChunkTimes
 from mlx_cluster.engine.draft_stream import DraftStream
 from mlx_cluster.engine.fill import Fill
 from mlx_cluster.engine.memory import StageMemory
+from mlx_cluster.engine.overdue import deadline_seconds
 from mlx_cluster.engine.prefix import Limits, PrefixIndex
 from mlx_cluster.engine.rehearsal import rehearse
 from mlx_cluster.engine.rehearsal import request as canary_request
@@ -40,6 +41,7 @@ _log = log.get("engine")
 ENOUGH_STEPS = 64  # decode steps until their mean says something of a stage
 _DRAFT_OPEN_SECONDS = 25.0
 _SILENCE_SECONDS = 6.0  # a stage answers ticks at once, also while it computes; longer silence is a frozen process
+_LOOK_SECONDS = 0.25  # how often deadlines are looked at
 _REHEARSAL_SECONDS = 3.0  # of an idle pipeline, for measuring its steps
 
 
@@ -142,6 +144,7 @@ class PipelineEngine:
         self._was_idle = False
         self._unaccounted: dict[int, int] = {}  # stage → rows, once found
         self._alarm: asyncio.TimerHandle | None = None
+        self._reported_at = 0.0  # when some stage reported something last
         self._num_tokens = self._num_fallbacks = 0
         self._busy_seconds = [0.0] * plan.num_stages
         self._sent_bytes, self._saved_bytes = [0] * plan.num_stages, [0] * plan.num_stages
@@ -366,6 +369,7 @@ class PipelineEngine:
         if trip is None:
             return
         trip.reported += 1
+        self._reported_at = asyncio.get_running_loop().time()
         last = report.stage == len(self._streams) - 1
         everybody = trip.reported == len(self._streams)
         self._measure(trip, report, everybody)
@@ -443,18 +447,19 @@ class PipelineEngine:
     async def _watch(self) -> None:
         """Ticks, and the deadline on reports: a stage that hangs is found here."""
         loop = asyncio.get_running_loop()
+        ticked_at = loop.time()
         while self._error is None:
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.sleep(_LOOK_SECONDS)
             now = loop.time()
+            self._check_silence(now)
+            self._check_reports(now)
+            if now - ticked_at < TICK_SECONDS:
+                continue
+            ticked_at = now
             for stream in self._streams:
-                if self._heard_nothing(stream, now):
-                    self.hung = stream.index
-                    self._on_stage_lost(stream.index, f"silent for {stream.silent_seconds(now):.1f} s")
-                    return
                 stream.tick()
             if self._draft_stream is not None:
                 self._draft_stream.tick(now, _SILENCE_SECONDS)
-            self._check_reports(now)
             self._audit()
 
     def _audit(self) -> None:
@@ -469,17 +474,24 @@ class PipelineEngine:
         if self._unaccounted:
             _log.error("stages hold rows that nobody has", pipeline=self.plan.pipeline, rows=self._unaccounted)
 
-    @staticmethod
-    def _heard_nothing(stream: StageStream, now: float) -> bool:
-        return stream.opened and stream.silent_seconds(now) > _SILENCE_SECONDS
+    def _check_silence(self, now: float) -> None:
+        for stream in self._streams:
+            if stream.opened and (silent_seconds := stream.silent_seconds(now)) > _SILENCE_SECONDS:
+                self._on_stage_hung(stream.index, f"silent for {silent_seconds:.1f} s")
+                return
 
     def _check_reports(self, now: float) -> None:
-        for trip in self._trips.values():
-            waited = now - trip.left_at
-            if waited > self._report_deadline_seconds:
-                self.hung = min(trip.reported, len(self._streams) - 1)
-                self._on_stage_lost(
-                    self.hung,
-                    f"microbatch {trip.microbatch.id} is not reported after {waited:.0f} s",
-                )
-            return  # the oldest comes first
+        oldest = next(iter(self._trips.values()), None)
+        if oldest is None:
+            return
+        waited = now - max(oldest.left_at, self._reported_at)  # where others are reported there is no hang
+        if waited > deadline_seconds(
+            self._report_deadline_seconds, oldest.microbatch, oldest.chunks, self._chunk_times, self._fill
+        ):
+            hung = min(oldest.reported, len(self._streams) - 1)
+            self._on_stage_hung(hung, f"microbatch {oldest.microbatch.id} is not reported after {waited:.0f} s")
+
+    def _on_stage_hung(self, index: int, reason: str) -> None:
+        if self._error is None:
+            self.hung = index
+        self._on_stage_lost(index, reason)

@@ -136,6 +136,7 @@ async def test_an_overdue_report_names_the_stage(stages: list[FakeStage]) -> Non
     stages[2].go_on.clear()
     with pytest.raises(StageLost, match="microbatch 0 is not reported"):
         await collect(engine, request())
+    assert engine.hung == 1, "its process is not to be kept"
     for stage in stages:
         stage.go_on.set()
     await engine.stop()
