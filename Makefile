@@ -24,7 +24,7 @@ sim-short: $(DEV_STAMP)
 
 # Real processes are killed, frozen and told to go under load; no stream may notice more than a pause.
 faults: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests/faults $(ARGS)
+	$(BIN)/python -m pytest tests/faults -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -38,6 +38,7 @@ bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/gateway.py --mlx-lm --json .run/gateway.json
 	$(BIN)/python benchmarks/mask.py --json .run/mask.json
 	$(BIN)/python benchmarks/schemas.py --json .run/schemas.json
+	$(BIN)/python benchmarks/failover.py --json .run/failover.json
 
 proto: $(DEV_STAMP)
 	$(BIN)/python proto/generate.py
