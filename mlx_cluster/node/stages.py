@@ -75,6 +75,7 @@ class _Held:
     compression: str = "off"  # of what it sends
     lease: Lease | None = None
     process: StageHandle | None = None
+    kept: bool = False  # from an older epoch
     state: StageState = "starting"
     granted_bytes: int | None = None  # for weights and rows
     memory_bytes: int = 0
@@ -157,6 +158,7 @@ class StageHost:
         Closing the iterator before that stops the stage. Raises ``Fenced``, ``CheckpointError``, ``StageStartError``.
         """
         held = await self._spawn(plan, index, epoch, fresh)
+        left = False
         assert held.process is not None
         finished = asyncio.create_task(held.process.loaded(), name=f"load {plan.pipeline} {index}")
         finished.add_done_callback(lambda _: held.changed.set())
@@ -188,9 +190,14 @@ class StageHost:
         except ClusterError as error:
             self._fail(held, str(error))
             raise
+        except (asyncio.CancelledError, GeneratorExit):
+            left = True
+            raise
         finally:
             finished.cancel()
-            if not complete:
+            if left and held.kept and not complete:
+                held.state = "loaded"  # another stage did not load: the next attempt goes on with this one
+            elif not complete:
                 await self._end(held)
 
     async def _budget(self, held: _Held, event: StageEvent) -> int | None:
@@ -268,17 +275,28 @@ class StageHost:
             await self._end(kept)
             return None
         held = self._enter(spec)
-        kept.process = None  # whoever still follows the older epoch must not end it
-        try:
-            await process.adopt(
+        held.kept, held.memory_bytes = True, kept.memory_bytes
+        kept.process, held.process = None, process  # whoever still follows the older epoch must not end it
+        adopting = asyncio.ensure_future(
+            process.adopt(
                 spec,
                 on_progress=lambda event: self._on_progress(held, event),
                 on_exit=lambda reason: self._on_exit(held, reason),
             )
+        )
+        try:
+            await asyncio.shield(adopting)
+        except asyncio.CancelledError:
+            # The caller has left: another stage cannot be started. This process is for the next attempt.
+            held.state = "loaded"
+            await asyncio.wait([adopting])
+            if adopting.exception() is not None:
+                held.process = None
+            raise
         except ClusterError as error:
+            held.process = None
             _log.warning("a stage process is not kept", pipeline=plan.pipeline, stage=index, reason=str(error))
             return None
-        held.process = process
         _log.info("a stage process is kept", pipeline=plan.pipeline, stage=index, epoch=str(epoch), pid=process.pid)
         return held
 

@@ -119,8 +119,9 @@ class StageProcess:
 
     def can_become(self, spec: StageSpec) -> bool:
         """Whether ``adopt`` may be tried: it runs, its slice was loaded, and nothing went wrong in it."""
-        settled = self._loaded.done() and not self._linking and self._failure is None and not self._stopping
-        return self.running and settled and self.spec.can_become(spec)
+        settled = self._loaded.done() and self._adopted is None and not self._linking
+        well = self.running and self._failure is None and not self._stopping
+        return well and settled and self.spec.can_become(spec)
 
     async def adopt(self, spec: StageSpec, *, on_progress: OnProgress | None, on_exit: OnExit | None) -> None:
         """Have it go over to another epoch with the weights that it has; ``loaded`` follows as after a start.

@@ -50,10 +50,7 @@ class FakeProcess:
         self, spec: StageSpec, *, on_progress: Callable[[StageEvent], None], on_exit: Callable[[str], None]
     ) -> None:
         if self.adopting is not None:
-            try:
-                await self.adopting
-            finally:
-                self.stopped = True
+            await self.adopting
         if self.adopt_error is not None:
             self.stopped = True
             raise self.adopt_error
@@ -387,14 +384,44 @@ async def test_a_newer_plan_without_this_node_ends_what_it_holds(world: World) -
     assert process.stopped
 
 
-async def test_a_caller_that_leaves_in_the_middle_leaves_no_process_behind(world: World) -> None:
+async def test_a_caller_that_leaves_in_the_middle_leaves_the_process_to_the_next_attempt(world: World) -> None:
+    """Another stage of the pipeline could not be started."""
     process = await world.bring_up(GRPC, 0, Epoch(1, 1))
     process.adopting = asyncio.get_running_loop().create_future()
     task = world.begin(GRPC, 0, Epoch(1, 2))
     while not world.host.statuses() or world.host.statuses()[0].epoch != Epoch(1, 2):
         await asyncio.sleep(0)
     task.cancel()
+    await asyncio.sleep(0)
+    process.adopting.set_result(None)
     await asyncio.gather(task, return_exceptions=True)
-    assert world.host.num_running == 0, "the process kills itself when its adoption is given up"
+    (status,) = world.host.statuses()
+    assert (status.epoch, status.state, status.pid, status.memory_bytes) == (Epoch(1, 2), "loaded", 100, 77)
     process.adopting = None
+    assert await again(world, GRPC, 0, Epoch(1, 3)) is None
+    assert not process.stopped
+
+
+async def test_a_caller_that_leaves_before_it_heard_that_all_is_loaded_does_the_same(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    starting = world.host.start(GRPC, 0, Epoch(1, 2))
+    progress = await anext(starting)
+    assert progress.state == "loading"
+    await starting.aclose()
+    assert not process.stopped
+    assert await again(world, GRPC, 0, Epoch(1, 3)) is None
+
+
+async def test_a_process_that_does_not_let_go_of_a_caller_that_left_is_gone(world: World) -> None:
+    process = await world.bring_up(GRPC, 0, Epoch(1, 1))
+    process.adopting = asyncio.get_running_loop().create_future()
+    task = world.begin(GRPC, 0, Epoch(1, 2))
+    while not world.host.statuses() or world.host.statuses()[0].epoch != Epoch(1, 2):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    process.stopped = True
+    process.adopting.set_exception(StageStartError("did not let go"))
+    await asyncio.gather(task, return_exceptions=True)
+    assert world.host.num_running == 0
     assert await again(world, GRPC, 0, Epoch(1, 3)) is not None
