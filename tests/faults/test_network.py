@@ -17,13 +17,14 @@ import yaml
 
 from mlx_cluster import demo
 from tests.e2e.cluster_processes import ClusterProcesses, running
-from tests.faults.fleet import CELL_SECONDS, TOKENS, Fleet, load
+from tests.faults.fleet import CELL_SECONDS, TOKENS, Fleet, bodies, load
 from tests.faults.tcp_proxy import Mode, TcpProxy
 
 pytestmark = pytest.mark.timeout(4 * CELL_SECONDS)
 ENGINE, STAGE = 1, 2
 COMMS, DATA = 1, 3  # offsets of a node's ports
 FAULT_SECONDS = 8.0
+ASKED = bodies()[::2]  # four greedy and four seeded
 MODES: tuple[Mode, ...] = ("drop", "delay", "half", "reset")
 
 
@@ -70,7 +71,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedFleet]:
         made = ProxiedFleet(cluster, split)
         made.proxies = proxies
         made.balanced()
-        made.reference = [stream.tokens for stream in load(made.urls())]
+        made.reference = [stream.tokens for stream in load(made.urls(), asked=ASKED)]
         assert all(len(tokens) == TOKENS for tokens in made.reference)
         assert all(proxy.num_connections for proxy in proxies), "the nodes do not go through the proxies"
         yield made
@@ -82,7 +83,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedFleet]:
 def test_a_link_breaks_and_heals(four: ProxiedFleet, node: int, offset: int, mode: Mode) -> None:
     four.balanced()
     healed = threading.Event()
-    streams = load(four.urls(), lambda: four.fault(node, offset, mode, healed))
+    streams = load(four.urls(), lambda: four.fault(node, offset, mode, healed), ASKED)
     assert healed.wait(CELL_SECONDS)
     four.check(streams)
     assert all(stream.reconnects == 0 for stream in streams)
