@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import statistics
@@ -39,6 +40,7 @@ from mlx_cluster.request import Admitted, Event, Finished, SequenceRequest, Serv
 ROWS_OF_A_STEP = 8
 DEMO = Path(__file__).resolve().parents[1] / "mlx_cluster" / "demo" / "model"
 START_SECONDS = 120
+_EMPTY = re.compile(rb'"content": ?(""|null)')
 REQUEST_SECONDS = 120
 
 
@@ -172,7 +174,8 @@ async def one_stream(port: int, body: bytes, seen: Seen) -> None:
             while data := await reader.read(65536):
                 now = time.perf_counter()
                 *lines, rest = (rest + data).split(b"\n")
-                count = sum(1 for line in lines if b'"content":' in line and b'"role"' not in line)
+                # Some servers name the role in every chunk; chunks without text are no tokens.
+                count = sum(1 for line in lines if b'"content":' in line and not _EMPTY.search(line))
                 if count:
                     if not last:
                         seen.first.append(now - sent)

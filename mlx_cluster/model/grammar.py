@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from mlx_cluster.errors import CheckpointError, RowFailed
@@ -49,6 +49,7 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._tokenizer: Future[LLTokenizer] | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # belongs to the thread
+        self._executor: LLExecutor | None = None  # made for the first step that has several rows with grammars
 
     def warm_up(self) -> None:
         """Begin to load the tokenizer, without waiting for it."""
@@ -62,6 +63,32 @@ class Grammars:
         tokenizer = self._tokenizer
         compiled = self._thread.submit(lambda: self._compile(tokenizer.result(), grammar, emitted))
         return RowGrammar(compiled, tuple(stop_token_ids))
+
+    def masks(self, rows: Sequence[RowGrammar]) -> list[NDArray[np.uint32] | RowFailed]:
+        """What ``mask`` gives or raises, for several rows at once, on all cores."""
+        if len(rows) < 2:
+            return [_mask_or_error(row) for row in rows]
+        ready: list[tuple[int, _Compiled]] = []
+        results: list[NDArray[np.uint32] | RowFailed] = []
+        for index, row in enumerate(rows):
+            try:
+                ready.append((index, row.compiled()))
+                results.append(np.empty(0, np.uint32))
+            except RowFailed as error:
+                results.append(error)
+        if not ready:
+            return results
+        words = np.zeros((len(ready), -(-ready[0][1].vocab_size // 32)), np.uint32)
+        if self._executor is None:
+            self._executor = LLExecutor()
+        matchers = [(compiled.matcher, at) for at, (_, compiled) in enumerate(ready)]
+        self._executor.unsafe_compute_mask_ptr(matchers, words.ctypes.data, words[0].nbytes, len(ready))
+        for at, (index, _) in enumerate(ready):
+            try:
+                results[index] = rows[index].finished(words[at])
+            except RowFailed as error:
+                results[index] = error
+        return results
 
     def _compile(self, tokenizer: LLTokenizer, grammar: Grammar, emitted: Sequence[int]) -> _Compiled:
         """A matcher of the row's own. Raises ``ValueError``."""
@@ -86,7 +113,7 @@ class RowGrammar:
 
     def consume(self, token_id: int) -> None:
         """The row emitted this token. Raises ``RowFailed`` when the grammar does not allow it."""
-        matcher = self._compiled().matcher
+        matcher = self.compiled().matcher
         if not matcher.consume_token(token_id):
             raise RowFailed(f"the grammar does not allow token {token_id}: {matcher.get_error() or 'it has ended'}")
 
@@ -96,7 +123,7 @@ class RowGrammar:
         The state stays where it is. Raises ``RowFailed`` when no token may come next.
         """
         masks = [self.mask()]
-        matcher, consumed = self._compiled().matcher, 0
+        matcher, consumed = self.compiled().matcher, 0
         try:
             for token in draft:
                 if matcher.try_consume_tokens([token]) != 1:
@@ -114,9 +141,15 @@ class RowGrammar:
 
         Raises ``RowFailed`` when no token may.
         """
-        compiled = self._compiled()
-        matcher, words = compiled.matcher, np.zeros(-(-compiled.vocab_size // 32), np.uint32)
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        compiled = self.compiled()
+        words = np.zeros(-(-compiled.vocab_size // 32), np.uint32)
+        compiled.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        return self.finished(words)
+
+    def finished(self, words: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """llguidance's mask with the tokens that end this row's text. Raises ``RowFailed`` as ``mask`` does."""
+        compiled = self.compiled()
+        matcher = compiled.matcher
         if matcher.is_error():
             raise RowFailed(f"the grammar of this row cannot go on: {matcher.get_error()}")
         for token in compiled.ends:
@@ -129,13 +162,21 @@ class RowGrammar:
             raise RowFailed("the grammar allows no further token here, and the request has no stop token")
         return words
 
-    def _compiled(self) -> _Compiled:
+    def compiled(self) -> _Compiled:
+        """Waits for the thread that compiles. Raises ``RowFailed``."""
         try:
             return self._future.result(COMPILE_SECONDS)
         except TimeoutError:
             raise RowFailed(f"the grammar was not compiled within {COMPILE_SECONDS:g} s: make it smaller") from None
         except (ValueError, CheckpointError) as error:
             raise RowFailed(f"the grammar cannot be compiled: {error}") from None
+
+
+def _mask_or_error(row: RowGrammar) -> NDArray[np.uint32] | RowFailed:
+    try:
+        return row.mask()
+    except RowFailed as error:
+        return error
 
 
 def _load_tokenizer(model_dir: Path, vocab_size: int) -> LLTokenizer:

@@ -22,7 +22,7 @@ from mlx_cluster.errors import LinkMismatch, RowFailed
 from mlx_cluster.microbatch import FailedRow, Frame, Held, Kind, Microbatch, Outcome, Pending, RowSpec, Saved
 from mlx_cluster.model import cache as row_cache
 from mlx_cluster.model import prompts, reading, sampling, state
-from mlx_cluster.model.grammar import Grammars
+from mlx_cluster.model.grammar import Grammars, RowGrammar
 from mlx_cluster.model.load import Dequantize, Device, LoadedSlice, Progress, floating_dtype, load_slice
 from mlx_cluster.model.pending import Finished, Incomplete, PendingBlocks, PendingFill, PendingFrame, PendingTokens
 from mlx_cluster.model.prefix_disk import PrefixDisk
@@ -376,8 +376,8 @@ class SliceRunner:
 
     def _masks(self, header: Microbatch, rows: Sequence[int]) -> tuple[dict[int, Any], tuple[FailedRow, ...]]:
         """Masks by index in ``rows``, and the rows whose grammar cannot go on. A decode step's token is consumed."""
-        masks: dict[int, Any] = {}
-        refused: list[FailedRow] = []
+        asking: dict[int, RowGrammar] = {}
+        found: dict[int, Any] = {}
         for index, row in enumerate(rows):
             grammar = self._rows[row].grammar
             if grammar is None:
@@ -385,11 +385,18 @@ class SliceRunner:
             try:
                 if header.kind is Kind.DECODE:
                     grammar.consume(header.tokens[header.rows.index(row)])
-                masks[index] = grammar.mask()
+                asking[index] = grammar
             except RowFailed as error:
-                self._rows[row].problem = str(error)
-                refused.append(FailedRow(row, str(error)))
-        return masks, tuple(refused)
+                found[index] = error
+        if asking:
+            assert self._grammars is not None
+            found.update(zip(asking, self._grammars.masks(list(asking.values())), strict=True))
+        refused: list[FailedRow] = []
+        for index, mask in sorted(found.items()):
+            if isinstance(mask, RowFailed):
+                self._rows[rows[index]].problem = str(mask)
+                refused.append(FailedRow(rows[index], str(mask)))
+        return {index: mask for index, mask in found.items() if not isinstance(mask, RowFailed)}, tuple(refused)
 
     def _prefill_parts(self, header: Microbatch, good: list[int]) -> list[row_cache.Part]:
         """Prompts that begin here together, where the slice can; any other row by itself."""

@@ -257,3 +257,18 @@ def test_masks_reach_logits_wider_and_narrower_than_the_tokenizer(tmp_path: Path
     allowed = set(np.flatnonzero(np.unpackbits(wide.view(np.uint8), bitorder="little")).tolist())
     assert len(allowed) == 10
     assert {int(token) for token in np.array(drawn.tokens)} <= allowed
+
+
+def test_masks_of_several_rows_are_those_of_each_one() -> None:
+    grammars = Grammars(model_dir(), 1536)
+    patterns = [Grammar("regex", pattern) for pattern in ("[a-z]+ b", "x{40}", "[0-9]{6}")]
+    rows = [grammars.begin(pattern, (), (END,)) for pattern in patterns]
+    broken = grammars.begin(Grammar("lark", "start: nowhere"), (), (END,))
+    for _ in range(3):
+        together = grammars.masks([*rows, broken])
+        assert isinstance(together[-1], RowFailed)
+        for row, mask in zip(rows, together, strict=False):
+            assert not isinstance(mask, RowFailed)
+            assert np.array_equal(mask, row.mask())
+            word = int(np.flatnonzero(mask)[0])
+            row.consume(32 * word + next(bit for bit in range(32) if int(mask[word]) >> bit & 1))
