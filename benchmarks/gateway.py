@@ -8,8 +8,9 @@ The gateway runs in a process of its own, with everything of a node's gateway bu
 reports do. The clients are a second process. Each stream asks for ``--tokens`` tokens and asks again when it has them.
 
 TTFT is the time from sending a request to its first token; the source gives that at once, so all of it is the
-gateway's (and the client's). CPU per token is the gateway process's CPU time over the tokens it streamed; the source's
-share of it is measured alone, and printed, not subtracted.
+gateway's (and the client's). CPU per token is the gateway process's CPU time over the tokens it streamed, requests of a
+new connection each included; two lengths of answer tell the cost of a request from that of a token. The source's
+share is measured alone, and printed, not subtracted.
 """
 
 from __future__ import annotations
@@ -265,7 +266,7 @@ def figures(system: str, seen: Seen, seconds: float, cpu: float, tokens: int, **
     )
 
 
-async def measure_gateway(arguments: argparse.Namespace) -> Figures:
+async def measure_gateway(arguments: argparse.Namespace, tokens: int) -> Figures:
     raise_file_limit()
     command = [sys.executable, __file__, "--serve", "--rate", str(arguments.rate)]
     process = await asyncio.create_subprocess_exec(
@@ -286,18 +287,19 @@ async def measure_gateway(arguments: argparse.Namespace) -> Figures:
         started = json.loads(await asyncio.wait_for(stdout.readline(), START_SECONDS))
         port = started["port"]
         idle = await idle_connections(port, arguments.idle)
-        period = arguments.tokens / arguments.rate
+        period = tokens / arguments.rate
+        seconds = period + arguments.seconds  # the streams come evenly over the first period
         await load(port, min(8, arguments.streams), 8, 2.0, "demo", 0.1)
         before = await used()
-        seen = await load(port, arguments.streams, arguments.tokens, arguments.seconds, "demo", period)
+        seen = await load(port, arguments.streams, tokens, seconds, "demo", period)
         after = await used()
         lost = sum(1 for reader, _ in idle if reader.at_eof())
         for _, writer in idle:
             writer.close()
         return figures(
-            "gateway alone",
+            f"gateway alone, {tokens} tokens",
             seen,
-            arguments.seconds,
+            seconds,
             after["cpu"] - before["cpu"],
             after["tokens"] - before["tokens"],
             streams=arguments.streams,
@@ -351,9 +353,17 @@ def measure_peer(system: str, arguments: argparse.Namespace) -> Figures:
         streams = arguments.peer_streams
         asyncio.run(load(port, streams, 16, 3.0, model, 0.1))
         before = _cpu_of(pid)
-        seen = asyncio.run(load(port, streams, arguments.tokens, arguments.seconds, model, 0.5))
+        seen = asyncio.run(load(port, streams, arguments.tokens[0], arguments.seconds, model, 0.5))
         cpu = _cpu_of(pid) - before
     return figures(system, seen, arguments.seconds, cpu, seen.tokens, streams=streams, idle=0)
+
+
+def split_cost(alone: list[Figures], lengths: list[int]) -> tuple[float, float]:
+    """(µs for a request, µs for each token), from the shortest and the longest requests."""
+    by_length = sorted(zip(lengths, (row.cpu_us_per_token for row in alone), strict=True))
+    (short, dear), (long, cheap) = by_length[0], by_length[-1]
+    request = (dear - cheap) / (1 / short - 1 / long)
+    return request, dear - request / short
 
 
 def table(rows: list[Figures]) -> str:
@@ -375,7 +385,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--idle", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=20.0, help="tokens per second of each stream")
-    parser.add_argument("--tokens", type=int, default=100, help="of each request")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[100, 400], help="of each request; a run for each")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--mlx-lm", action="store_true", help="also mlx_lm.server, and ours, on the demo model")
     parser.add_argument("--peer-streams", type=int, default=8)
@@ -385,19 +395,22 @@ def main() -> None:
     if arguments.serve:
         asyncio.run(serve(arguments.rate))
         return
-    rows = [asyncio.run(measure_gateway(arguments))]
+    alone = [asyncio.run(measure_gateway(arguments, tokens)) for tokens in arguments.tokens]
+    rows = list(alone)
     if arguments.mlx_lm:
         rows += [measure_peer("ours, 1 stage", arguments), measure_peer("mlx_lm.server", arguments)]
     print(table(rows))
-    own = rows[0]
-    print(f"\nThe source's own share of the gateway's CPU: {own.source_cpu_us} µs a token.")
-    if len(rows) > 1:
+    print(f"\nThe source's own share of the gateway's CPU: {alone[0].source_cpu_us} µs a token.")
+    if len(alone) > 1:
+        request_us, token_us = split_cost(alone, arguments.tokens)
+        print(f"By these lengths a request costs {request_us / 1000:.1f} ms and each of its tokens {token_us:.0f} µs.")
+    if len(rows) > len(alone):
         print("CPU per token of the two servers includes the model's computation (4 M parameters).")
     for row in rows:
         if row.errors:
             print(f"{row.system}: first error: {row.first_error}")
     record.save(arguments.json, "gateway", [asdict(row) for row in rows])
-    sys.exit(1 if own.errors or own.idle_lost else 0)
+    sys.exit(1 if any(row.errors or row.idle_lost for row in alone) else 0)
 
 
 if __name__ == "__main__":
