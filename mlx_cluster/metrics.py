@@ -125,7 +125,7 @@ ENGINE_FIGURES: Mapping[str, tuple[str, str]] = {
     "prefix_evictions": ("prefix_evictions_total", "Entries that went for room or by age"),
     "prefix_fallbacks": ("prefix_fallbacks_total", "Rows computed again because a stage did not have their entry"),
     "shared": ("shared_total", "Requests that joined an identical one instead of being computed"),
-    "held": ("held", "Generations with an Idempotency-Key, attached to or not"),
+    "generations_held": ("generations_held", "Generations with an Idempotency-Key, attached to or not"),
     "held_bytes": ("held_bytes", "What they take"),
     "attached_again": ("attached_again_total", "Requests that attached to a generation instead of beginning it"),
     "response_cache_entries": ("response_cache_entries", "Answers of deterministic requests kept in memory"),

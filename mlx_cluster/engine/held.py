@@ -122,7 +122,7 @@ class HeldEngine:
 
     def statistics(self) -> dict[str, Any]:
         return {
-            "held": sum(map(len, self._held.values())),
+            "generations_held": sum(map(len, self._held.values())),
             "held_unattached": len(self._left),
             "held_bytes": self._num_bytes,
             "attached_again": self._num_attached_again,

@@ -83,7 +83,7 @@ async def test_after_the_window_it_is_cancelled_and_runs_again() -> None:
     engine = HeldEngine(inner, 0.01, BIG)
     await (await read(engine, 2)).aclose()
     await inner.until(lambda: inner.cancelled == [("r", 0)])
-    assert engine.statistics() == {"held": 0, "held_unattached": 0, "held_bytes": 0, "attached_again": 0}
+    assert engine.statistics() == {"generations_held": 0, "held_unattached": 0, "held_bytes": 0, "attached_again": 0}
     inner.script = Script(tokens=TOKENS)
     assert await collect(engine) == WHOLE
     assert inner.requests == [REQUEST, REQUEST]
@@ -98,7 +98,7 @@ async def test_one_that_was_not_admitted_is_cancelled_at_once() -> None:
     waits.cancel()
     await asyncio.wait([waits])
     assert inner.cancelled == [("r", 0)]
-    assert engine.statistics()["held"] == 0
+    assert engine.statistics()["generations_held"] == 0
 
 
 async def test_a_key_stands_for_one_body_of_one_tenant_and_for_each_of_its_choices() -> None:
@@ -169,7 +169,7 @@ async def test_beyond_the_bytes_the_oldest_that_nobody_is_attached_to_goes() -> 
     engine = HeldEngine(inner, 60, 2 * one)
     for name in "abc":
         await collect(engine, replace(REQUEST, key=f"{name}:body"))
-    assert engine.statistics() == {"held": 2, "held_unattached": 2, "held_bytes": 2 * one, "attached_again": 0}
+    assert engine.statistics() == {"generations_held": 2, "held_unattached": 2, "held_bytes": 2 * one, "attached_again": 0}
     await collect(engine, replace(REQUEST, key="c:body"))
     assert len(inner.requests) == 3
     await collect(engine, replace(REQUEST, key="a:body"))
@@ -180,7 +180,7 @@ async def test_one_that_is_too_long_is_served_whole_but_not_held() -> None:
     inner, go = paced(4)
     engine = HeldEngine(inner, 60, held.GENERATION_BYTES + 2 * held.EVENT_BYTES)
     assert await collect(engine) == WHOLE
-    assert engine.statistics()["held_bytes"] == engine.statistics()["held"] == 0
+    assert engine.statistics()["held_bytes"] == engine.statistics()["generations_held"] == 0
     go.release()
     go.release()
     await (await read(engine, 3)).aclose()
@@ -196,4 +196,4 @@ async def test_so_many_may_run_without_an_attachment(monkeypatch: pytest.MonkeyP
     await inner.until(lambda: inner.cancelled == [("a", 0)])
     engine.close()
     await inner.until(lambda: inner.cancelled == [("a", 0), ("b", 0)])
-    assert engine.statistics()["held"] == 0
+    assert engine.statistics()["generations_held"] == 0

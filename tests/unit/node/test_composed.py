@@ -38,7 +38,7 @@ class Pipeline:
         self.calls.append(error)
 
     def statistics(self) -> dict[str, object]:
-        return {"rows": 0}
+        return {"rows": 0, "held": [(0, 0)]}
 
     def generate(self, request: SequenceRequest) -> AsyncGenerator[Event]:
         return self.engine.generate(request)
@@ -96,9 +96,10 @@ async def test_a_request_with_a_key_is_held_beyond_its_stream_and_any_other_is_n
         stream = engine.generate(request)
         assert [await anext(stream), await anext(stream)] == [Admitted(), Token(0, 5)]
         await stream.aclose()
-    assert engine.statistics()["held"] == 1
+    assert engine.statistics()["generations_held"] == 1
+    assert engine.statistics()["held"] == [(0, 0)], "what the stages hold is another figure"
     await engine.stop()
-    assert engine.statistics()["held"] == 0
+    assert engine.statistics()["generations_held"] == 0
 
 
 async def test_with_no_window_nothing_is_held() -> None:
