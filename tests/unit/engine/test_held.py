@@ -169,7 +169,12 @@ async def test_beyond_the_bytes_the_oldest_that_nobody_is_attached_to_goes() -> 
     engine = HeldEngine(inner, 60, 2 * one)
     for name in "abc":
         await collect(engine, replace(REQUEST, key=f"{name}:body"))
-    assert engine.statistics() == {"generations_held": 2, "held_unattached": 2, "held_bytes": 2 * one, "attached_again": 0}
+    assert engine.statistics() == {
+        "generations_held": 2,
+        "held_unattached": 2,
+        "held_bytes": 2 * one,
+        "attached_again": 0,
+    }
     await collect(engine, replace(REQUEST, key="c:body"))
     assert len(inner.requests) == 3
     await collect(engine, replace(REQUEST, key="a:body"))

@@ -69,7 +69,7 @@ async def test_without_either_it_is_the_pipeline_alone() -> None:
     engine = ComposedEngine(pipeline, PLAN, share=False, cache=None)
     await asyncio.gather(collect(engine), collect(engine))
     assert len(pipeline.engine.requests) == 2
-    assert engine.statistics() == {"rows": 0}
+    assert engine.statistics() == {"rows": 0, "held": [(0, 0)]}
 
 
 async def test_the_life_of_the_pipeline_is_its_own() -> None:
