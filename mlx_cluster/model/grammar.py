@@ -12,6 +12,7 @@ a second, a large schema tens of milliseconds. llguidance lets other Python thre
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,7 +81,7 @@ class Grammars:
             return results
         words = np.zeros((len(ready), -(-ready[0][1].vocab_size // 32)), np.uint32)
         if self._executor is None:
-            self._executor = LLExecutor()
+            self._executor = LLExecutor(os.cpu_count())
         matchers = [(compiled.matcher, at) for at, (_, compiled) in enumerate(ready)]
         self._executor.unsafe_compute_mask_ptr(matchers, words.ctypes.data, words[0].nbytes, len(ready))
         for at, (index, _) in enumerate(ready):
