@@ -291,7 +291,7 @@ def run_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def run_shapes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for stages in arguments.stages:
-        for name in shapes(stages):
+        for name in arguments.shape:
             result = asyncio.run(shape(name, stages, arguments.seconds))
             print(
                 f"EMULATION  {stages} stages  {name:7} {result['tokens_per_second']:8.1f} tok/s with "
@@ -337,6 +337,7 @@ SCENARIOS = {"steps": run_steps, "shapes": run_shapes, "ttft": run_ttft, "itl": 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["steps"])
+    parser.add_argument("--shape", nargs="+", choices=tuple(shapes(1)), default=list(shapes(1)), help="of ``shapes``")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--step-ms", type=float, nargs="+", default=[20.0, 5.0])
     parser.add_argument("--burn-ms", type=float, default=0.0)
