@@ -69,7 +69,8 @@ class PipelineStatus:
 
     ``running`` counts its sequences, waiting ones too; ``step_seconds`` is what a decode step took each stage in the
     mean, over the same steps (empty until enough were seen). ``sent_bytes_per_second`` is what each stage's link to the
-    next one carried in the last seconds (empty until measured).
+    next one carried in the last seconds (empty until measured). ``lost`` is why the last epoch of this plan that was
+    ready is so no more ("" if none was): who missed the beat between the two epochs still learns it.
     """
 
     plan: Plan
@@ -79,6 +80,7 @@ class PipelineStatus:
     running: int = 0
     step_seconds: tuple[float, ...] = ()
     sent_bytes_per_second: tuple[float, ...] = ()
+    lost: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ class NodeStatus:
                 "running": p.running,
                 "step_seconds": list(p.step_seconds),
                 "sent_bytes_per_second": list(p.sent_bytes_per_second),
+                "lost": p.lost,
             }
             for p in self.pipelines
         ]
@@ -188,6 +191,7 @@ class NodeStatus:
                     p["running"],
                     tuple(p["step_seconds"]),
                     tuple(p["sent_bytes_per_second"]),
+                    p["lost"],
                 )
                 for p in data.pop("pipelines")
             ),

@@ -117,6 +117,7 @@ class PipelineDriver:
         self._engine: DrivenEngine | None = None
         self._status = PipelineStatus(plan, Epoch(plan.version, 0), "loading", "not started yet")
         self._failed_kinds: dict[str, str] = {}
+        self._lost = ""  # why the last epoch that was ready is so no more
         self._hung: int | None = None  # the stage whose process must not be kept
         self._traffic = Traffic()
         self._nodes_changed = asyncio.Event()
@@ -158,6 +159,8 @@ class PipelineDriver:
                     continue
                 self._tell("failed", str(error))
             except ClusterError as error:
+                if ready_at is not None:
+                    self._lost = str(error)
                 self._tell("failed" if ready_at is None else "loading", str(error))
             finally:
                 await self._end_engine()
@@ -171,7 +174,7 @@ class PipelineDriver:
     async def _bring_up(self) -> DrivenEngine:
         plan = self._choose_transport(self.plan, self._failed_kinds)
         epoch = self._next_epoch(self.plan)
-        self._status = PipelineStatus(plan, epoch, "loading", "starting the stages")
+        self._status = PipelineStatus(plan, epoch, "loading", "starting the stages", lost=self._lost)
         self._on_change()
         came_up = False
         try:

@@ -111,6 +111,8 @@ def _cause(served: _Served, word: _Word | None, view: ClusterView) -> str:
     """Why the epoch that served does not serve any more, as far as this node can know at the first sight of it."""
     if word is not None and (word.driver, word.status.epoch) == (served.driver, served.epoch):
         return word.status.detail or f"{word.status.state} again"
+    if word is not None and word.status.epoch.version == served.epoch.version and word.status.lost:
+        return word.status.lost  # the beat between the two epochs was missed
     driver = view.node(served.driver)
     if driver is None:
         return f"node {served.driver} is not a member any more"

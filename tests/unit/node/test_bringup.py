@@ -183,6 +183,7 @@ async def test_a_lost_stage_brings_the_pipeline_up_again_in_a_new_incarnation() 
     await world.ready(2)
     lost = next(s for s in world.told if s.detail == "stage 1 on node 1: gone")
     assert (lost.state, lost.epoch) == ("loading", Epoch(3, 1))
+    assert {(s.epoch, s.lost) for s in world.told} == {(Epoch(3, 1), ""), (Epoch(3, 2), "stage 1 on node 1: gone")}
     assert str(world.engines[0].stopped_with) == "stage 1 on node 1: gone"
     assert world.driver.engine is world.engines[1]
     await world.end()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mlx_cluster.cluster.status import NodeStatus, PipelineState, PipelineStatus
@@ -105,6 +106,18 @@ def test_a_loss_and_a_return_between_two_looks_are_not_missed() -> None:
     cluster.look({0: READY})
     cluster.look({0: says("ready", 1, 2)})
     assert cluster.recoveries() == [(0, "1.2", PLANNED_ANEW, 0.0)]
+
+
+def test_who_missed_the_beat_between_two_epochs_learns_the_cause_from_the_newer_one() -> None:
+    cluster = Cluster()
+    cluster.look({0: READY})
+    cluster.look({0: replace(says("loading", 1, 2, "starting the stages"), lost=KILLED)})
+    assert cluster.transitions(2) == [("pipeline_lost", 102.0, "1.1", KILLED)]
+    cluster.look({0: replace(says("ready", 1, 2), lost=KILLED)})
+    assert cluster.recoveries() == [(0, "1.2", KILLED, 1.0)]
+    # A plan of another version tells its own story: what it once lost is not why it took over.
+    cluster.look({2: replace(says("loading", 2, 2, "starting the stages", first=2), lost="its own")})
+    assert cluster.transitions(3)[-1] == ("pipeline_lost", 104.0, "1.2", PLANNED_ANEW)
 
 
 def test_the_new_driver_tells_of_the_death_of_the_old_one() -> None:
