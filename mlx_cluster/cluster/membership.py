@@ -74,6 +74,7 @@ class _Row:
     last_heard: float
     status: NodeStatus | None = None
     refusal: str = ""
+    vanished: bool = False  # since it was last heard its port has refused connections
     earlier_boots: list[str] = field(default_factory=list)
 
 
@@ -131,8 +132,13 @@ class Membership:
                 return False
         elif row.status is not None:
             row.earlier_boots = [*row.earlier_boots, row.status.boot_id][-MAX_EARLIER_BOOTS:]
-        row.status, row.last_heard, row.refusal = status, now, ""
+        row.status, row.last_heard, row.refusal, row.vanished = status, now, "", False
         return True
+
+    def vanished(self, node_id: int, since: float) -> None:
+        """Nobody listens at the node's addresses any more: it is dead, unless it was heard after ``since``."""
+        row = self._row(node_id)
+        row.vanished = row.vanished or row.last_heard <= since
 
     def tick(self, now: float) -> ClusterView:
         """The table now; call it at least once per interval.
@@ -170,7 +176,7 @@ class Membership:
         if row.member.node_id == self._self_id and row.status is not None:
             return "alive"
         silence = now - row.last_heard
-        if row.status is None or row.status.leaving or silence > self._death_seconds:
+        if row.status is None or row.status.leaving or row.vanished or silence > self._death_seconds:
             return "dead"
         return "suspect" if silence > self._suspect_seconds else "alive"
 
@@ -183,4 +189,6 @@ class Membership:
             return "has left"
         if self._state(row, now) == "alive":
             return ""
+        if row.vanished:
+            return "refuses connections"
         return f"silent for {now - row.last_heard:.1f} s"

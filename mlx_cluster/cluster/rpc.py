@@ -280,7 +280,8 @@ class HeartbeatThread:
     """Sends the latest status to every peer once per interval, from a thread of its own.
 
     The event loop publishes statuses; when it has not done so for ``max_stale_seconds`` the agent is frozen and the
-    heartbeats stop, so that a dead loop is not kept alive by a living thread. Answers arrive in the loop.
+    heartbeats stop, so that a dead loop is not kept alive by a living thread. Answers arrive in the loop, and so does
+    the news of a peer that no connection leads to.
     """
 
     def __init__(
@@ -292,12 +293,14 @@ class HeartbeatThread:
         *,
         on_status: Callable[[NodeStatus], None],
         on_refusal: Callable[[int, ClusterError], None],
+        on_unreachable: Callable[[int], None],
         max_stale_seconds: float,
         clock: Callable[[], float],
     ) -> None:
         self._peers, self._cluster, self._version = peers, cluster, version
         self._interval, self._max_stale_seconds = interval_seconds, max_stale_seconds
-        self._on_status, self._on_refusal, self._clock = on_status, on_refusal, clock
+        self._on_status, self._on_refusal, self._on_unreachable = on_status, on_refusal, on_unreachable
+        self._clock = clock
         self._latest: tuple[float, NodeStatus] | None = None
         self._wake = threading.Event()
         self._ending = threading.Event()
@@ -312,6 +315,10 @@ class HeartbeatThread:
         self._latest = (self._clock(), status)
         if at_once:
             self._wake.set()
+
+    def hurry(self) -> None:
+        """Send the latest status now: who does not answer is looked at."""
+        self._wake.set()
 
     def stop(self) -> None:
         """End the thread; returns when it is gone (at most one interval)."""
@@ -360,6 +367,8 @@ class HeartbeatThread:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 self._hand_over(self._on_refusal, node_id, _typed(f"node {node_id}", error.code(), error.details()))
+            elif error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._hand_over(self._on_unreachable, node_id)
         except (ClusterError, CancelledError, grpc.FutureCancelledError):
             return
         else:

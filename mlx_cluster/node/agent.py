@@ -14,7 +14,6 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mlx_cluster import log
@@ -27,8 +26,7 @@ from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.membership import ClusterView, Membership
 from mlx_cluster.cluster.rpc import HeartbeatThread
 from mlx_cluster.cluster.status import NodeStatus
-from mlx_cluster.config.quantity import parse_bytes
-from mlx_cluster.config.schema import Compression, Settings
+from mlx_cluster.config.schema import Settings
 from mlx_cluster.errors import ClusterError, Fenced
 from mlx_cluster.metrics import Metrics
 from mlx_cluster.node import authority, machine
@@ -36,19 +34,19 @@ from mlx_cluster.node.bringup import EngineMaker, PipelineDriver, StageAgent, Ti
 from mlx_cluster.node.drivers import Drivers
 from mlx_cluster.node.history import History
 from mlx_cluster.node.identity import Identity, ipv4_of
-from mlx_cluster.node.kv_budget import kv_budget, measured_room
 from mlx_cluster.node.leases import PortLeases
 from mlx_cluster.node.models import LocalModels
 from mlx_cluster.node.peers import OwnAgent, Peers
 from mlx_cluster.node.placer import ClusterPlacer, with_transport
 from mlx_cluster.node.recoveries import PipelineWatch
 from mlx_cluster.node.round_trips import RoundTripProbe
+from mlx_cluster.node.specs import StageSpecs
 from mlx_cluster.node.stages import StageHost, StageStarter
 from mlx_cluster.node.state import NodeState
+from mlx_cluster.node.vanished import RefusalProbe
 from mlx_cluster.node.watch import NodeWatch
 from mlx_cluster.node.word import OwnWord, Voice
 from mlx_cluster.plan import Epoch, Plan
-from mlx_cluster.stage.spec import DiskSpec, StageSpec
 
 DOCUMENT_WAIT_SECONDS = 10.0  # a driver may know a document a moment before the others
 SHORTEST_BEAT_SECONDS = 0.05  # however much happens, decisions are this far apart
@@ -111,16 +109,17 @@ class Agent:
         self._word = OwnWord(settings, identity, self._version)
         self._word.speed_bytes_per_second = speed_bytes_per_second
         self._leaving = self._draining = False
+        self._specs = StageSpecs(settings, identity, models, self._stage_port, self._room)
         self.stages = StageHost(
             self.state,
-            self._make_spec,
+            self._specs.make,
             start_process,
             PortLeases(*settings.network.mlx_port_range),
             advertised_host=identity.host,
             mlx_host=ipv4_of(identity.host),
             link_timeout_seconds=settings.network.connect_timeout,
             on_change=self._change,
-            kv_budget=self._kv_budget,
+            kv_budget=self._specs.kv_budget,
         )
         self.drivers = Drivers(self._make_driver)
         names = {m.node_id: m.name for m in identity.members}
@@ -141,9 +140,11 @@ class Agent:
             self._interval,
             on_status=self._hear,
             on_refusal=self._refused,
+            on_unreachable=self._unreachable,
             max_stale_seconds=STALE_HEARTBEATS * self._interval,
             clock=clock,
         )
+        self._refusals = RefusalProbe(self.addresses, self._vanished, clock)
         self.status = self._make_status()
         self._membership.heard(self.status, self._started)
         self.view: ClusterView = self._membership.view(self._started)
@@ -204,6 +205,7 @@ class Agent:
         """
         self._leaving = True
         self._round_trips.stop()
+        self._refusals.stop()
         await self.authority.stop()
         self._publish(at_once=True)
         for task in list(self._tasks):
@@ -351,6 +353,14 @@ class Agent:
     def _refused(self, node_id: int, error: ClusterError) -> None:
         _log.warning("our heartbeat was refused", by=self.view.name_of(node_id), code=error.code, reason=str(error))
 
+    def _unreachable(self, node_id: int) -> None:
+        if not self.view.is_dead(node_id):
+            self._refusals.look(node_id)
+
+    def _vanished(self, node_id: int, since: float) -> None:
+        self._membership.vanished(node_id, since)
+        self._wake.set()
+
     # -- what other agents ask (``rpc.ClusterHandler``) -----------------------------------------------------
 
     def heartbeat(self, status: NodeStatus) -> NodeStatus:
@@ -362,6 +372,7 @@ class Agent:
             self.view = self._membership.view(now)
             if before is None or _serves(status) != _serves(before):
                 self._look_at_pipelines()
+                self._heartbeats.hurry()  # a pipeline that breaks may be the first sign of a node that is gone
             if before is None or _weighs(status) != _weighs(before):
                 self._wake.set()
         return self.status
@@ -472,48 +483,11 @@ class Agent:
                 return f"{self.view.name_of(stage.node_id)} is dead ({node.detail if node else 'unknown'})"
         return ""
 
-    def _kv_budget(self, granted_bytes: int | None, weight_bytes: int) -> int:
-        """Bytes for rows of a stage that has loaded; runs in a thread."""
-        runtime = self.settings.runtime
-        prefix_bytes = parse_bytes(runtime.prefix_cache.max_bytes) if runtime.prefix_cache.enabled else 0
-        return kv_budget(runtime.kv_budget, measured_room(granted_bytes, weight_bytes), prefix_bytes)
+    def _stage_port(self) -> int:
+        return self.stages.stage_port(self.identity.bind_host, self.identity.ports.stage)
 
-    def _make_spec(self, plan: Plan, index: int, epoch: Epoch) -> StageSpec:
-        """Raises ``CheckpointError`` when this node's model is not the plan's."""
-        runtime = self.settings.runtime
-        return StageSpec(
-            plan=plan,
-            index=index,
-            epoch=epoch,
-            model_dir=str(self.models.directory_for(plan)),
-            host=self.identity.bind_host,
-            port=self.stages.stage_port(self.identity.bind_host, self.identity.ports.stage),
-            device=runtime.device,
-            dequantize=runtime.dequantize,
-            memory_budget_bytes=available_bytes(self.status, plan.pipeline, self.view.living),
-            link_timeout_seconds=self.settings.network.link_timeout,
-            log_level=self.settings.log.level,
-            prefix_disk=self._prefix_disk(),
-            kv_bits=runtime.kv_bits,
-            kv_group_size=runtime.kv_group_size,
-            compression=self._compression(plan, index),
-        )
-
-    def _compression(self, plan: Plan, index: int) -> Compression:
-        """Of what the stage sends to the next one."""
-        network = self.settings.network
-        if index + 1 == plan.num_stages:
-            return "off"
-        low, high = sorted(stage.node_id for stage in plan.stages[index : index + 2])
-        special = network.links.get(f"{low}-{high}")
-        return special.compression if special is not None and special.compression is not None else network.compression
-
-    def _prefix_disk(self) -> DiskSpec | None:
-        section = self.settings.runtime.prefix_cache
-        if not section.enabled or section.disk is None:
-            return None
-        path = self.identity.state_dir / Path(section.disk.path).expanduser()
-        return DiskSpec(str(path), parse_bytes(section.disk.max_bytes))
+    def _room(self, pipeline: str) -> int:
+        return available_bytes(self.status, pipeline, self.view.living)
 
     def _agent(self, node_id: int) -> StageAgent:
         return OwnAgent(self) if node_id == self.identity.node_id else self.peers.client(node_id)

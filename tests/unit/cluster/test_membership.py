@@ -43,6 +43,20 @@ def test_a_suspect_still_counts_as_living() -> None:
     assert membership.view(3.5).is_dead(17), "a node that is not configured is nobody to wait for"
 
 
+def test_a_node_that_refuses_connections_is_dead_until_it_is_heard_again() -> None:
+    membership = table()
+    membership.heard(status(1), 1.0)
+    membership.vanished(1, since=0.9)
+    assert states(membership, 1.1)[1] == "alive", "it was heard after the look began"
+    membership.vanished(1, since=1.2)
+    assert states(membership, 1.5)[1] == "dead"
+    assert membership.view(1.5).nodes[1].detail == "refuses connections"
+    assert membership.view(1.5).is_dead(1)
+    membership.vanished(1, since=1.6)
+    membership.heard(status(1, sequence=2), 1.7)
+    assert states(membership, 1.8)[1] == "alive"
+
+
 def test_a_loop_that_wakes_late_gives_everybody_a_new_period() -> None:
     membership = table()
     membership.heard(status(1), 0.0)

@@ -122,6 +122,7 @@ class Beats:
     def __init__(self, address: str, version: str = VERSION, interval: float = 0.05, stale: float = 60.0) -> None:
         self.statuses: asyncio.Queue[NodeStatus] = asyncio.Queue()
         self.refusals: asyncio.Queue[tuple[int, ClusterError]] = asyncio.Queue()
+        self.unreachable: asyncio.Queue[int] = asyncio.Queue()
         self.now = 0.0
         self.peers = {1: address}
         self.thread = HeartbeatThread(
@@ -131,6 +132,7 @@ class Beats:
             interval,
             on_status=self.statuses.put_nowait,
             on_refusal=lambda node, error: self.refusals.put_nowait((node, error)),
+            on_unreachable=self.unreachable.put_nowait,
             max_stale_seconds=stale,
             clock=lambda: self.now,
         )
@@ -211,6 +213,19 @@ async def test_heartbeats_follow_the_address_that_is_dialled() -> None:
             assert (await asyncio.wait_for(handler.heard.get(), 30)).sequence == 7
         finally:
             await asyncio.to_thread(beats.thread.stop)
+
+
+async def test_a_peer_without_a_connection_is_told_and_hurry_does_not_wait_for_the_interval() -> None:
+    beats = Beats("127.0.0.1:9", interval=1000.0)
+    beats.thread.publish(status(0))
+    beats.thread.start()
+    try:
+        for _ in range(2):
+            assert await asyncio.wait_for(beats.unreachable.get(), 30) == 1
+            beats.thread.hurry()
+    finally:
+        await asyncio.to_thread(beats.thread.stop)
+    assert beats.statuses.empty()
 
 
 class FlakyHandler(Handler):

@@ -280,6 +280,29 @@ async def test_a_coordinator_that_dies_without_a_stage_disturbs_nothing(tmp_path
         assert not any(three.nodes[i].stages[0].stopped for i in (1, 2))
 
 
+async def test_a_node_that_refuses_connections_is_not_waited_for(tmp_path: Path, tiny_model: Path) -> None:
+    three = Cluster(tmp_path, tiny_model, 3, None)
+    # The deadline of silence is longer than the test's patience.
+    patient = three.settings.coordinator.model_copy(update={"failure_threshold": 10_000})
+    three.settings = three.settings.model_copy(update={"coordinator": patient})
+    try:
+        await three.start(0, 1, 2)
+        await three.ready(0, 1, 2)
+        node, task = three.nodes[2], three.nodes[2].task
+        assert task is not None
+        # Its port is closed, and its heartbeats end without a word of farewell.
+        task.cancel()
+        await node.server.stop(None)
+        plan = await until("a plan over the survivors", lambda: without(three.nodes[0], 2))
+        assert {s.node_id for s in plan.stages} == {0, 1}
+        row = three.nodes[0].agent.picture()[0].node(2)
+        assert row is not None
+        assert (row.state, row.detail) == ("dead", "refuses connections")
+    finally:
+        for node in three.nodes.values():
+            await node.stop()
+
+
 def without(node: Node, gone: int) -> Plan | None:
     plan = node.ready_plan()
     return plan if plan is not None and gone not in {s.node_id for s in plan.stages} else None
