@@ -290,12 +290,13 @@ class SliceRunner:
             async_eval(filled, cached)
             return PendingFill(filled, header.rows, failures)
         logits = output[0][:, -1]
-        masks: dict[int, Any] = {}
+        limits: sampling.Limits | None = None
         if any(self._rows[row].grammar is not None for row in rows):
             async_eval(logits, cached)  # the masks are computed while the device runs the forward pass
             masks, refused = self._masks(header, rows)
+            limits = sampling.limits(masks, self.slice.vocab_size) if masks else None
             failures += refused
-        drawn = sampling.sample(logits, [self._rows[row].draw() for row in rows], masks)
+        drawn = sampling.sample(logits, [self._rows[row].draw() for row in rows], limits)
         async_eval(drawn.arrays(), cached)
         wanted = [self._rows[row].spec.sampling.top_logprobs for row in rows]
         return PendingTokens(drawn, rows, wanted, failures)
@@ -368,7 +369,8 @@ class SliceRunner:
                 usable[row] = len(mine)
             rows += [row] * len(block)
             draws += known.draws(block[1:])
-        drawn = sampling.sample(lines, draws, masks)
+        limits = sampling.limits(masks, self.slice.vocab_size) if masks else None
+        drawn = sampling.sample(lines, draws, limits)
         async_eval(drawn.arrays(), cached)
         wanted = [draw.sampling.top_logprobs for draw in draws]
         tokens = PendingTokens(drawn, rows, wanted, failures)

@@ -253,7 +253,7 @@ def test_masks_reach_logits_wider_and_narrower_than_the_tokenizer(tmp_path: Path
     assert wide.size == 10
     logits = mx.zeros((2, 320))
     draws = [Draw(Sampling(temperature=1.0, seed=seed), 0, 0) for seed in range(2)]
-    drawn = sampling.sample(logits, draws, {1: wide, 0: wide[:9]})
+    drawn = sampling.sample(logits, draws, sampling.limits({1: wide, 0: wide[:9]}, logits.shape[-1]))
     allowed = set(np.flatnonzero(np.unpackbits(wide.view(np.uint8), bitorder="little")).tolist())
     assert len(allowed) == 10
     assert {int(token) for token in np.array(drawn.tokens)} <= allowed
