@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"layers": 12, "width": 768, "vocab": 8192}
 START_SECONDS = 240
 WARM_UP_REQUESTS = 3
+LEAST_REQUESTS = 8  # a single request is no sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,7 @@ def measure(name: str, scenario: Scenario, folder: Path, repeat: int) -> dict[st
                     url=url,
                     model=model_name,
                     clients=scenario.clients,
-                    requests=scenario.clients,
+                    requests=max(scenario.clients, LEAST_REQUESTS),
                     prompt_tokens=scenario.prompt_tokens,
                     max_tokens=scenario.max_tokens,
                     characters_per_token=1.0,
