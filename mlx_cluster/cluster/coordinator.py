@@ -23,7 +23,6 @@ from mlx_cluster.config.schema import ModelEntry
 from mlx_cluster.errors import ClusterError, PlanError, UnsupportedModel
 from mlx_cluster.plan import Plan
 
-QUIET_SECONDS = 5.0  # a pipeline without work for so long may be moved to a better plan
 GRACE_SECONDS = 20.0  # how long a fresh coordinator waits for nodes it has never heard
 
 _log = log.get(__name__)
@@ -68,7 +67,10 @@ class Decision:
 
 
 class Coordinator:
-    """Decides once per heartbeat. ``transport`` is the configured one; ``started`` the boot time of this agent."""
+    """Decides once per heartbeat. ``transport`` is the configured one; ``started`` the boot time of this agent.
+
+    A pipeline without work for ``quiet_seconds`` may be moved to a better plan.
+    """
 
     def __init__(
         self,
@@ -77,9 +79,10 @@ class Coordinator:
         transport: str,
         started: float,
         grace_seconds: float = GRACE_SECONDS,
+        quiet_seconds: float = 5.0,
     ) -> None:
         self._models, self._place, self._transport = models, place, transport
-        self._grace_ends = started + grace_seconds
+        self._grace_ends, self._quiet_seconds = started + grace_seconds, quiet_seconds
         self._led_term: int | None = None
         self._own: set[tuple[str, int]] = set()  # plans placed or adopted in the led term
         self._weighed: dict[str, frozenset[int]] = {}  # who held its model when a pipeline was last weighed
@@ -131,7 +134,7 @@ class Coordinator:
         """
         drained = _drained(document, view.living)
         fit = _fit(view.living, drained)
-        able = [p for p in document.plans if p.model.id in self._models and self._keeps(p, view, fit)]
+        able = [p for p in document.plans if p.model.id in self._models and self._keeps(p, view)]
         leaving = [p for p in able if any(stage.node_id in drained for stage in p.stages)]
         going_on = [p for p in able if p not in leaving]
         chosen: dict[str, list[Plan]] = {}
@@ -170,30 +173,49 @@ class Coordinator:
     def _improve(
         self, plans: list[Plan], view: ClusterView, fit: tuple[NodeStatus, ...], version: int, now: float
     ) -> list[Plan]:
-        """Since a plan was weighed a node has come, or got the model: at a quiet moment a better plan follows."""
+        """Since a plan was weighed a node has come, or got the model, or a manual split can be had again.
+
+        At a quiet moment a better plan follows.
+        """
         running = {p.plan.pipeline: p.running for s in view.living for p in s.pipelines if p.state == "ready"}
         result: list[Plan] = []
         for plan in plans:
             entry = self._models[plan.model.id]
             known = self._weighed.setdefault(plan.pipeline, frozenset(s.node_id for s in plan.stages))
             holders = _holders(plan, fit)
-            if running.get(plan.pipeline) != 0 or holders <= known or entry.replicas > 1:
+            wanted = self._is_wanted(plan, view, fit)
+            weighed = wanted and (holders <= known or entry.replicas > 1)
+            if running.get(plan.pipeline) != 0 or weighed:
                 self._quiet_since.pop(plan.pipeline, None)
                 result.append(plan)
                 continue
-            if now - self._quiet_since.setdefault(plan.pipeline, now) < QUIET_SECONDS:
+            if now - self._quiet_since.setdefault(plan.pipeline, now) < self._quiet_seconds:
                 result.append(plan)
                 continue
             self._weighed[plan.pipeline] = holders
-            better = self._place.better(plan, entry, fit, version, plans)
+            self._quiet_since.pop(plan.pipeline)
+            if wanted:
+                better = self._place.better(plan, entry, fit, version, plans)
+            else:
+                better = self._as_wanted(plan, entry, fit, version, plans)
             if better is not None:
                 _log.info("a better plan", pipeline=plan.pipeline, version=version)
                 self._own.add((better.pipeline, better.version))
             result.append(better or plan)
         return result
 
-    def _keeps(self, plan: Plan, view: ClusterView, fit: Sequence[NodeStatus]) -> bool:
-        """Whether a plan can go on: it runs or was made by us, all its nodes live, it is what the operator wants."""
+    def _as_wanted(
+        self, plan: Plan, entry: ModelEntry, fit: tuple[NodeStatus, ...], version: int, plans: Sequence[Plan]
+    ) -> Plan | None:
+        others = [each for each in plans if each.pipeline != plan.pipeline]
+        try:
+            return self._place.place(plan.model.id, entry, fit, version, others)[0]
+        except (PlanError, UnsupportedModel) as error:
+            _log.warning("the manual split cannot be had", pipeline=plan.pipeline, reason=str(error))
+            return None
+
+    def _keeps(self, plan: Plan, view: ClusterView) -> bool:
+        """Whether a plan can go on: it runs or was made by us, and all its nodes live."""
         if (plan.pipeline, plan.version) not in self._own:
             return False
         if any(view.is_dead(stage.node_id) for stage in plan.stages):
@@ -205,10 +227,10 @@ class Coordinator:
             facts = node.status.model(plan.model.id) if node and node.status else None
             if facts is not None and facts.manifest_hash != plan.model.manifest_hash:
                 return False
-        return self._is_wanted(plan, view, fit)
+        return True
 
     def _is_wanted(self, plan: Plan, view: ClusterView, fit: Sequence[NodeStatus]) -> bool:
-        """Not when a manual split could be had that this plan is not."""
+        """What the operator wants: not when a manual split could be had that this plan is not."""
         living = {s.node_id for s in fit}
         split = self._place.wanted_split(self._models[plan.model.id], living)
         holds = {stage.node_id: (stage.start, stage.end) for stage in plan.stages}

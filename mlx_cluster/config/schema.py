@@ -117,6 +117,8 @@ class CoordinatorSection(Section):
     heartbeat_interval: Annotated[float, Field(gt=0)] = 1.0
     health_check_interval: Annotated[float, Field(gt=0)] = 5.0
     failure_threshold: Annotated[int, Field(ge=1)] = 3
+    # Seconds that a pipeline must have had no work before it moves to a better plan, or back to its manual split.
+    quiet_period: Annotated[float, Field(ge=0)] = 5.0
     # Seconds without a word from the coordinator until a voter stands: the shortest, and the longest (for those who
     # should stand last). A node that is often late needs more; the loss of a coordinator is settled about halfway.
     election_timeout_min: Annotated[float, Field(ge=0.1)] = 1.5

@@ -103,7 +103,11 @@ class Agent:
         )
         self._leadership = Leadership(None, self.state.document.term)
         self._coordinator = Coordinator(
-            settings.models, ClusterPlacer(settings), settings.network.transport, self._started
+            settings.models,
+            ClusterPlacer(settings),
+            settings.network.transport,
+            self._started,
+            quiet_seconds=section.quiet_period,
         )
         self._unplaced: tuple[tuple[str, str], ...] = ()
         self._word = OwnWord(settings, identity, self._version)

@@ -316,6 +316,7 @@ def fleet(
         "runtime": {"blas": "off"},
         "api_gateway": {"recovery_timeout": CELL_SECONDS, "keepalive_seconds": 1.0},
         "network": {"transport": transport},
+        "coordinator": {"quiet_period": 0.5},  # a cell begins when everything is where it was
         "log": {"level": "info"},
     }
     cluster = ClusterProcesses(

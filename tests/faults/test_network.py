@@ -63,7 +63,11 @@ def _behind_proxies(cluster: ClusterProcesses) -> list[TcpProxy]:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedFleet]:
     folder: Path = tmp_path_factory.mktemp("network")
     split = "0/14/14/0"
-    settings = {"runtime": {"blas": "off"}, "network": {"transport": "grpc"}}
+    settings = {
+        "runtime": {"blas": "off"},
+        "network": {"transport": "grpc"},
+        "coordinator": {"quiet_period": 0.5},
+    }
     cluster = ClusterProcesses(folder, demo.model_dir(), num_nodes=4, split=split, settings=settings)
     with contextlib.ExitStack() as stack:
         proxies = [stack.enter_context(proxy) for proxy in _behind_proxies(cluster)]

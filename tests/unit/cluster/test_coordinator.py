@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cluster.cluster.coordinator import QUIET_SECONDS, Coordinator, Decision, agreed_facts, available_bytes, push
+from mlx_cluster.cluster.coordinator import Coordinator, Decision, agreed_facts, available_bytes, push
 from mlx_cluster.cluster.document import ClusterDocument, accept
 from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.membership import Membership
@@ -20,6 +20,7 @@ from tests.unit.cluster.builders import GIB, VERSION, facts, members, plan, stat
 from tests.unit.cluster.lowest_live import LowestLiveNode
 
 LED = Leadership(0, 1)
+QUIET_SECONDS = 5.0
 
 
 class EvenPlacer:
@@ -61,7 +62,9 @@ class EvenPlacer:
 
 
 def coordinator(placer: EvenPlacer | None = None, transport: str = "auto") -> Coordinator:
-    return Coordinator({"tiny": ModelEntry()}, placer or EvenPlacer(), transport, started=0.0, grace_seconds=20.0)
+    return Coordinator(
+        {"tiny": ModelEntry()}, placer or EvenPlacer(), transport, 0.0, grace_seconds=20.0, quiet_seconds=QUIET_SECONDS
+    )
 
 
 EMPTY = ClusterDocument("c")
@@ -115,19 +118,6 @@ def test_a_dead_node_of_the_plan_means_a_plan_over_the_survivors() -> None:
     assert later.plans[0].version > document.plans[0].version
 
 
-def test_a_node_that_returns_is_standby_unless_a_manual_split_names_it() -> None:
-    split = {0: (0, 4), 1: (4, 5), 2: (5, 6)}
-    for placer, changes in ((EvenPlacer(), False), (EvenPlacer(split), True)):
-        deciding = coordinator(placer)
-        first = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
-        without = committed(deciding.decide(view(0, told(first, THREE), dead=frozenset({1})), LED, first, now=3.0))
-        assert [s.node_id for s in without.plans[0].stages] == [0, 2]
-        back = deciding.decide(view(0, told(without, THREE)), LED, without, now=9.0)
-        assert (back.commit is not None) is changes
-        if back.commit is not None:
-            assert [(s.start, s.end) for s in back.commit.plans[0].stages] == list(split.values())
-
-
 def serving(document: ClusterDocument, running: int, driver: int = 0) -> dict[int, NodeStatus | None]:
     """Told, and node ``driver`` drives every plan that begins there."""
     statuses = told(document, THREE)
@@ -153,6 +143,26 @@ def test_a_node_that_returns_is_used_again_at_a_quiet_moment() -> None:
     assert [s.node_id for s in three.plans[0].stages] == [0, 1, 2]
     assert three.plans[0].version > two.plans[0].version
     assert deciding.decide(view(0, serving(three, running=0)), LED, three, now=90.0).commit is None
+
+
+def test_a_manual_split_is_taken_up_again_at_a_quiet_moment() -> None:
+    split = {0: (0, 4), 1: (4, 5), 2: (5, 6)}
+    placer = EvenPlacer(split)
+    deciding = coordinator(placer)
+    first = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+    assert [(s.start, s.end) for s in first.plans[0].stages] == list(split.values())
+    two = committed(deciding.decide(view(0, told(first, THREE), dead=frozenset({1})), LED, first, now=3.0))
+    assert [s.node_id for s in two.plans[0].stages] == [0, 2]
+    assert deciding.decide(view(0, serving(two, running=1)), LED, two, now=10.0).commit is None, "it is at work"
+    assert deciding.decide(view(0, serving(two, running=0)), LED, two, now=11.0).commit is None, "quiet for no time"
+    placer.capacity = 3
+    quiet = 11.0 + QUIET_SECONDS
+    assert deciding.decide(view(0, serving(two, running=0)), LED, two, now=quiet).commit is None, "it cannot be had"
+    placer.capacity = 99
+    assert deciding.decide(view(0, serving(two, running=0)), LED, two, now=quiet + 1.0).commit is None
+    back = committed(deciding.decide(view(0, serving(two, running=0)), LED, two, now=quiet + 1.0 + QUIET_SECONDS))
+    assert [(s.start, s.end) for s in back.plans[0].stages] == list(split.values())
+    assert deciding.decide(view(0, serving(back, running=0)), LED, back, now=90.0).commit is None
 
 
 def test_lost_replicas_are_made_again_and_the_others_go_on() -> None:
