@@ -12,7 +12,7 @@ Each stage process is real (processes, gRPC links, threads, scheduler, engine) b
 ``steps``: a decode step of b rows takes ``step-ms`` · b / 4, and 4·P streams run over P stages. The best any scheduler
 can do is one step of all rows after the other on the slowest stage. Printed: tokens a second against that bound, how
 busy each stage was, and what a hop adds to a token's way (median time between a lone stream's tokens at the engine,
-less the stage times, for each of the P + 1 hops that a step makes).
+less the stage times as the stages report them, for each of the P + 1 hops that a step makes).
 
 ``shapes``: the same streams over t(b) flat, linear and in stairs, with the number of groups left to the engine, and
 fixed at 1, 2 … 2·P.
@@ -85,9 +85,10 @@ class Case:
 async def steps(case: Case, seconds: float) -> dict[str, Any]:
     async with emulated.pipeline(case.emulations()) as engine:
         lone: list[float] = []
+        busy = sum(engine.statistics()["busy_seconds"])
         await emulated.stream(engine, LONE_TOKENS, lone)
         trip = statistics.median(b - a for a, b in itertools.pairwise(lone[5:]))
-        own = sum(max(e.seconds_per_row, e.burn_python_seconds) for e in case.emulations())
+        own = (sum(engine.statistics()["busy_seconds"]) - busy) / (LONE_TOKENS - 1)  # the prompt costs these nothing
         if case.gateway:
             async with emulated.gateway(engine) as port:
                 window = await _window(

@@ -10,8 +10,10 @@ dense      the same weights as float32 for all, 64 clients, 32 + 32 tokens
 defaults   the 4-bit checkpoint with bfloat16 scales, as shipped; everybody's defaults (ours casts and dequantizes)
 prefill    dense, one client, a 1,024-token prompt in 128-token chunks: time to first token
 clients-N  dense, with N = 1, 2, 8, 16 or 32 clients
+quantized-N  as quantized, with N = 16 or 32 clients
 
-The systems take turns within each repetition; figures are medians over the repetitions. Each server gets three
+The systems take turns within each repetition; figures are medians over the repetitions. Clients begin one after the
+other, 50 ms apart. Each server gets three
 warm-up requests of the load's kind before it is measured. Two stages hold six layers each.
 """
 
@@ -47,6 +49,7 @@ SHAPE = {"layers": 12, "width": 768, "vocab": 8192}
 START_SECONDS = 240
 WARM_UP_REQUESTS = 3
 LEAST_REQUESTS = 8  # a single request is no sample
+RAMP_SECONDS = 0.05  # mlx_lm.server resets connections when more than five come at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ SCENARIOS = {
 }
 for count in (1, 2, 8, 16, 32):
     SCENARIOS[f"clients-{count}"] = Scenario("dense-float32", count, 32, 32, {})
+for count in (16, 32):
+    SCENARIOS[f"quantized-{count}"] = Scenario("4bit-float32", count, 32, 32, NEVER)
 
 
 def checkpoint(folder: Path, name: str) -> Path:
@@ -185,6 +190,7 @@ def measure(name: str, scenario: Scenario, folder: Path, repeat: int) -> dict[st
                     max_tokens=scenario.max_tokens,
                     characters_per_token=1.0,
                     seed=repetition + 1,
+                    ramp_seconds=RAMP_SECONDS,
                 )
                 asyncio.run(serve.run(replace(load, clients=1, requests=WARM_UP_REQUESTS, seed=99)))
                 figures = serve.summary(asyncio.run(serve.run(load)))

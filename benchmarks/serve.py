@@ -40,6 +40,7 @@ class Load:
     temperature: float = 0.0
     timeout_seconds: float = 600.0
     seed: int = 0
+    ramp_seconds: float = 0.0  # from one client's first request to the next one's
 
 
 @dataclass(slots=True)
@@ -111,11 +112,12 @@ async def run(load: Load) -> list[Sample]:
     order = iter(range(load.requests))
     async with httpx.AsyncClient(timeout=load.timeout_seconds, limits=limits) as client:
 
-        async def worker() -> None:
+        async def worker(number: int) -> None:
+            await asyncio.sleep(number * load.ramp_seconds)
             for index in order:
                 samples.append(await one_request(client, load, index))
 
-        await asyncio.gather(*(worker() for _ in range(load.clients)))
+        await asyncio.gather(*(worker(number) for number in range(load.clients)))
     return samples
 
 
