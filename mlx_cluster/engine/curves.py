@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -18,6 +19,12 @@ from itertools import combinations
 _MEMORY = 9
 # So many steps of one size are a measurement; fewer only count while there is nothing better.
 ENOUGH_STEPS = 3
+# So many steps, the last of them not longer ago than this, and a size is firmly known. Others were seen in passing,
+# while rows joined and prompts were computed beside them: what they say must not keep anybody from trying.
+FIRM_STEPS = 6
+_FIRM_FOR_STEPS = 2000
+# Beyond the largest size that is firmly known, up to twice of it, a row more may cost half of what one costs there.
+_HOPED_SHARE = 0.5
 # A size that was not seen for so many steps weighs half as much when neighbours contradict it.
 _HALF_LIFE_STEPS = 500
 
@@ -30,24 +37,46 @@ class _Bucket:
     seen_at: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """Seconds at some sizes, in their order; they never fall."""
+
+    rows: list[int]
+    seconds: list[float]
+
+    def beyond(self, rows: int) -> float:
+        """More rows than were ever measured: the median of all slopes, at most in proportion."""
+        x, y = self.rows[-1], self.seconds[-1]
+        points = zip(self.rows, self.seconds, strict=True)
+        slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in combinations(points, 2)]
+        # One size says nothing of the shape.
+        slope = min(statistics.median(slopes), y / x) if slopes else y / x
+        return y + slope * (rows - x)
+
+    def hoped(self, rows: int) -> float:
+        """What a size beyond the largest may take, if all goes well."""
+        x, y = self.rows[-1], self.seconds[-1]
+        tried = min(rows, 2 * x)
+        return min(self.beyond(rows), y * (1 + _HOPED_SHARE * (tried - x) / x) * rows / tried)
+
+
 class StepCurve:
     """t_s(b): medians at the sizes that were seen, made monotone, and what lies between them."""
 
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
         self._num_steps = 0
-        self._rows: list[int] = []
-        self._seconds: list[float] = []
-        self._stale = False
+        self._all: _Fit | None = None
+        self._firm: _Fit | None = None
 
     def add(self, rows: int, seconds: float) -> bool:
-        """A step of ``rows`` rows took so long; True when that makes a new size known."""
+        """A step of ``rows`` rows took so long; True when that makes a new size known, or firmly known."""
         bucket = self._buckets.setdefault(rows, _Bucket())
         bucket.seconds.append(seconds)
         self._num_steps += 1
         bucket.seen_at = self._num_steps
-        self._stale = True
-        return len(bucket.seconds) == ENOUGH_STEPS
+        self._all = self._firm = None
+        return len(bucket.seconds) in (ENOUGH_STEPS, FIRM_STEPS)
 
     @property
     def is_measured(self) -> bool:
@@ -58,28 +87,38 @@ class StepCurve:
 
         Between two measured sizes it is their line; ``optimistic`` takes the lower of the two instead: a step up in
         the curve may lie anywhere between them, so a size that might be as cheap is worth being tried, and measured.
+        What is not firmly known does not count there, and beyond the largest size somewhat more rows may be cheap.
         """
-        if self._stale:
-            self._fit()
-        xs, ys = self._rows, self._seconds
+        fit = self._fit_firm() if optimistic else self._fit_all()
+        xs, ys = fit.rows, fit.seconds
         if not xs:
             return 0.0
         at = bisect_left(xs, rows)
         if at < len(xs) and xs[at] == rows:
             return ys[at]
-        if len(xs) == 1 or at == 0:
-            return ys[0] * rows / xs[0]  # one size says nothing of the shape: in proportion, until more is known
+        if at == 0:
+            return ys[0] * rows / xs[0]
         if at == len(xs):
-            slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
-            return ys[-1] + slope * (rows - xs[-1])
+            return fit.hoped(rows) if optimistic else fit.beyond(rows)
         if optimistic:
             return ys[at - 1]
         return ys[at - 1] + (ys[at] - ys[at - 1]) * (rows - xs[at - 1]) / (xs[at] - xs[at - 1])
 
-    def _fit(self) -> None:
+    def _fit_all(self) -> _Fit:
+        if self._all is None:
+            known = {r: b for r, b in self._buckets.items() if len(b.seconds) >= ENOUGH_STEPS}
+            self._all = self._fit(known or self._buckets)
+        return self._all
+
+    def _fit_firm(self) -> _Fit:
+        if self._firm is None:
+            oldest = self._num_steps - _FIRM_FOR_STEPS
+            firm = {r: b for r, b in self._buckets.items() if len(b.seconds) >= FIRM_STEPS and b.seen_at >= oldest}
+            self._firm = self._fit(firm) if firm else self._fit_all()
+        return self._firm
+
+    def _fit(self, known: Mapping[int, _Bucket]) -> _Fit:
         """Pool neighbours that contradict monotony (isotonic regression), weighing what was seen lately more."""
-        self._stale = False
-        known = {r: b for r, b in self._buckets.items() if len(b.seconds) >= ENOUGH_STEPS} or self._buckets
         pools: list[tuple[float, float, list[int]]] = []  # seconds, weight, sizes
         for rows in sorted(known):
             bucket = known[rows]
@@ -88,8 +127,7 @@ class StepCurve:
             while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
                 (y1, w1, r1), (y2, w2, r2) = pools[-2:]
                 pools[-2:] = [((y1 * w1 + y2 * w2) / (w1 + w2), w1 + w2, r1 + r2)]
-        self._rows = [rows for _, _, sizes in pools for rows in sizes]
-        self._seconds = [seconds for seconds, _, sizes in pools for _ in sizes]
+        return _Fit([r for _, _, sizes in pools for r in sizes], [y for y, _, sizes in pools for _ in sizes])
 
 
 # The terms of a chunk's time, scaled to about one at 256 tokens.

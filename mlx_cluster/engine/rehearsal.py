@@ -11,14 +11,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 
-from mlx_cluster.engine.curves import ENOUGH_STEPS
+from mlx_cluster.engine.curves import FIRM_STEPS
 from mlx_cluster.engine.fill import Fill
 from mlx_cluster.request import Event, Sampling, SequenceRequest
 
 SIZES = (1, 2, 4, 8, 16, 32)
 _PROMPT = (1, 2, 3)
 # The first step of a size may compile kernels, and rows may still be joining; the first token is no step.
-_TOKENS = ENOUGH_STEPS + 3
+_TOKENS = FIRM_STEPS + 3
 
 Generate = Callable[[SequenceRequest], AsyncGenerator[Event]]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_cluster.engine.curves import ChunkCurve, StepCurve
+from mlx_cluster.engine.curves import FIRM_STEPS, ChunkCurve, StepCurve
 from mlx_cluster.engine.fill import Fill
 
 CANARY = (1, 2, 4, 8, 16, 32)
@@ -24,13 +24,13 @@ def settled(curve: Callable[[int], float], stages: int, hop: float, rows: int) -
     """What it comes to when every decision is tried and measured."""
     fill = Fill(stages)
     for size in CANARY:
-        for _ in range(4):
+        for _ in range(FIRM_STEPS):
             for stage in range(stages):
                 fill.observe(stage, size, curve(size))
             fill.observe_trip(stages * (curve(size) + hop), stages * curve(size))
     for _ in range(40):
         groups = fill.num_groups(rows)
-        for _ in range(4):
+        for _ in range(FIRM_STEPS):
             for size in {rows // groups, -(-rows // groups)}:
                 for stage in range(stages):
                     fill.observe(stage, size, curve(size))
@@ -73,6 +73,29 @@ def test_any_monotone_curve_does(times: list[float], stages: int, rows: int) -> 
     assert cycle(curve, stages, 0.0008, rows, groups) <= 1.05 * best
 
 
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
+@pytest.mark.parametrize("stages", [2, 3])
+def test_what_was_seen_in_passing_keeps_nobody_from_trying(curve: Callable[[int], float], stages: int) -> None:
+    """Clients came before the rehearsal was done: small sizes are known, larger ones from disturbed steps."""
+    rows = 16
+    fill = Fill(stages)
+
+    def observe(size: int, count: int, factor: float = 1.0) -> None:
+        for _ in range(count):
+            for stage in range(stages):
+                fill.observe(stage, size, factor * curve(size))
+
+    observe(1, 9)
+    for size, count, factor in ((2, 4, 1.3), (3, 6, 1.2), (4, 9, 1.0), (5, 3, 2.5), (6, 4, 3.0), (7, 1, 4.0)):
+        observe(size, count, factor)
+    for _ in range(60):
+        groups = fill.num_groups(rows)
+        for size in {rows // groups, -(-rows // groups)}:
+            observe(size, FIRM_STEPS)
+    best = min(cycle(curve, stages, 0.001, rows, n) for n in range(1, 2 * stages + 1))
+    assert cycle(curve, stages, 0.001, rows, fill.num_groups(rows)) <= 1.05 * best
+
+
 def test_one_group_per_stage_until_it_has_measured() -> None:
     fill = Fill(3)
     assert [fill.num_groups(b) for b in (1, 2, 3, 8)] == [1, 2, 3, 3]
@@ -108,6 +131,15 @@ def test_a_step_that_the_system_delayed_does_not_count() -> None:
     for seconds in (0.01, 0.01, 5.0, 0.01):
         curve.add(4, seconds)
     assert curve.at(4) == 0.01
+
+
+def test_one_disturbed_size_does_not_make_larger_ones_impossible() -> None:
+    curve = StepCurve()
+    for rows, seconds in ((1, 0.0174), (2, 0.0243), (3, 0.0276), (4, 0.0299), (5, 0.0667)):
+        for _ in range(9 if rows != 5 else 3):
+            curve.add(rows, seconds)
+    assert curve.at(16) < 3 * 0.0667
+    assert curve.at(16, optimistic=True) < 4 * 0.0299, "size 5 is not firmly known: a larger group may be tried"
 
 
 def test_a_prediction_never_falls() -> None:
