@@ -22,7 +22,7 @@ ENOUGH_STEPS = 3
 # So many steps, the last of them not longer ago than this, and a size is firmly known. Others were seen in passing,
 # while rows joined and prompts were computed beside them: what they say must not keep anybody from trying.
 FIRM_STEPS = 6
-_FIRM_FOR_STEPS = 2000
+_FIRM_FOR_STEPS = 50_000
 # Beyond the largest size that is firmly known, up to twice of it, a row more may cost half of what one costs there.
 _HOPED_SHARE = 0.5
 # A size that was not seen for so many steps weighs half as much when neighbours contradict it.
