@@ -26,8 +26,18 @@ T = TypeVar("T")
 
 
 def free_block(count: int) -> int:
-    """The first of ``count`` neighbouring ports that are free, away from what the system gives out by itself."""
-    for first in range(20000 + os.getpid() % 100 * 100, 30000, count):
+    """The first of ``count`` neighbouring ports that are free, away from what the system gives out by itself.
+
+    Each of pytest's workers has a range of its own: ports are free until the cluster that got them has started.
+    """
+    worker, workers = (
+        os.environ.get("PYTEST_XDIST_WORKER", "gw0"),
+        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+    )
+    width = 10000 // workers
+    low = 20000 + int(worker.removeprefix("gw")) * width
+    begin = low + os.getpid() % 100 * (width // 100)
+    for first in [*range(begin, low + width - count, count), *range(low, begin - count, count)]:
         sockets: list[socket.socket] = []
         try:
             for port in range(first, first + count):
