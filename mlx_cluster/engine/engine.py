@@ -30,7 +30,7 @@ from mlx_cluster.engine.sequence import Drew, Effect, Ended, Failed, Policy, Rea
 from mlx_cluster.engine.speculation import BlockCosts, Bounds, Speculation
 from mlx_cluster.engine.stages import TICK_SECONDS, StageStream
 from mlx_cluster.engine.waiting import Share
-from mlx_cluster.errors import ClusterError, ContextLengthExceeded, Recovering, StageLost, StageStartError
+from mlx_cluster.errors import ClusterError, ContextLengthExceeded, LinkClosed, Recovering, StageLost, StageStartError
 from mlx_cluster.microbatch import Kind, Microbatch, Report
 from mlx_cluster.plan import Epoch, Plan
 from mlx_cluster.request import Admitted, Event, Finished, Scored, SequenceRequest
@@ -41,6 +41,7 @@ _log = log.get("engine")
 ENOUGH_STEPS = 64  # decode steps until their mean says something of a stage
 _DRAFT_OPEN_SECONDS = 25.0
 _SILENCE_SECONDS = 6.0  # a stage answers ticks at once, also while it computes; longer silence is a frozen process
+_NEIGHBOUR_SECONDS = 0.1  # for the stream of a stage that died to break after its neighbour has said so
 _LOOK_SECONDS = 0.25  # how often deadlines are looked at
 _REHEARSAL_SECONDS = 3.0  # of an idle pipeline, for measuring its steps
 
@@ -430,7 +431,12 @@ class PipelineEngine:
 
     def _on_stage_lost(self, index: int, reason: str) -> None:
         stage = self.plan.stages[index]
-        self._fail(StageLost(f"stage {index} (layers {stage.start}…{stage.end - 1}) on node {stage.node_id}: {reason}"))
+        error = StageLost(f"stage {index} (layers {stage.start}…{stage.end - 1}) on node {stage.node_id}: {reason}")
+        if reason.startswith(f"{LinkClosed.code}: "):
+            # When a stage dies its neighbour may speak first; what is wrong with the stage itself is the better cause.
+            asyncio.get_running_loop().call_later(_NEIGHBOUR_SECONDS, self._fail, error)
+        else:
+            self._fail(error)
 
     def _fail(self, error: ClusterError) -> None:
         """The epoch is over: every waiting client hears why, nothing more is sent."""

@@ -113,6 +113,7 @@ async def test_closing_the_generator_releases_the_row(engine: PipelineEngine, st
 
 async def test_a_lost_stage_ends_everything_with_a_typed_error(engine: PipelineEngine, stages: list[FakeStage]) -> None:
     stages[1].fail_with = stage_pb2.StageFailure(code="link_closed", message="the peer is gone")
+    stages[2].go_on.clear()  # nothing comes to it any more
     with pytest.raises(StageLost, match=r"stage 1 \(layers 10…18\) on node 1: link_closed: the peer is gone"):
         await collect(engine, request())
     assert engine.lost.is_set()
@@ -126,6 +127,19 @@ async def test_a_stage_that_dies_while_a_request_waits(engine: PipelineEngine, s
     await until(lambda: stages[2].headers)
     await stages[2].stop()
     with pytest.raises(StageLost, match="stage 2"):
+        await task
+
+
+async def test_the_stage_that_died_is_the_cause_not_the_neighbour_that_says_so_first(
+    engine: PipelineEngine, stages: list[FakeStage]
+) -> None:
+    stages[2].fail_with = stage_pb2.StageFailure(code="link_closed", message="hop 1→2: stage 1 is gone")
+    stages[1].go_on.clear()
+    task = asyncio.create_task(collect(engine, request()))
+    await until(lambda: stages[2].headers and stages[1].headers)
+    assert not engine.lost.is_set()
+    await stages[1].stop()
+    with pytest.raises(StageLost, match=r"stage 1 \(layers 10…18\) on node 1: "):
         await task
 
 
