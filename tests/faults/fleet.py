@@ -200,18 +200,21 @@ class Fleet:
     def stage_pids(self, node: int) -> list[int]:
         return [int(s["pid"]) for s in self.stages() if s["node_id"] == node]
 
-    def balanced(self) -> dict[str, Any]:
-        """The pipeline, once all nodes live, agree on it, and hold just the stages that were asked for."""
+    def balanced(self, *, busy: bool = False) -> dict[str, Any]:
+        """The pipeline, once all nodes live, agree on it, and hold just the stages that were asked for.
+
+        ``busy``: any stages will do, for under load a pipeline does not move back to where it was.
+        """
 
         def probe() -> dict[str, Any] | None:
-            found = [self._pipeline_of(self.cluster.admin(node=node)) for node in range(self.cluster.num_nodes)]
+            found = [self._pipeline_of(self.cluster.admin(node=node), busy) for node in range(self.cluster.num_nodes)]
             return found[0] if all(found) and len({each["epoch"] for each in found if each}) == 1 else None
 
         pipeline = within("the books balance", probe, CELL_SECONDS)
         self.seen |= {int(s["pid"]) for s in pipeline["stages"]}
         return pipeline
 
-    def _pipeline_of(self, picture: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _pipeline_of(self, picture: dict[str, Any] | None, busy: bool) -> dict[str, Any] | None:
         """The pipeline of a node's picture in which everything is as it should be."""
         if picture is None or len(picture["pipelines"]) != 1 or any(n["state"] != "alive" for n in picture["nodes"]):
             return None
@@ -219,7 +222,7 @@ class Fleet:
         stages = pipeline["stages"]
         held = [(s["node_id"], s["end"] - s["start"]) for s in stages]
         ready = pipeline["state"] == "ready" and all(s["pid"] for s in stages)
-        return pipeline if ready and held == self.wanted else None
+        return pipeline if ready and (busy or held == self.wanted) else None
 
     def check_no_orphans(self) -> None:
         """Of all stage processes there ever were, only the present ones live."""
