@@ -13,8 +13,8 @@ clients-N  dense, with N = 1, 2, 8, 16 or 32 clients
 quantized-N  as quantized, with N = 16 or 32 clients
 
 The systems take turns within each repetition; figures are medians over the repetitions. Clients begin one after the
-other, 50 ms apart. Each server gets three
-warm-up requests of the load's kind before it is measured. Two stages hold six layers each.
+other, 50 ms apart. Each server gets three warm-up requests of the load's kind before it is measured. Two stages hold
+six layers each.
 """
 
 from __future__ import annotations

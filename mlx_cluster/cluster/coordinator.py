@@ -175,9 +175,10 @@ class Coordinator:
     ) -> list[Plan]:
         """Since a plan was weighed a node has come, or got the model, or a manual split can be had again.
 
-        At a quiet moment a better plan follows.
+        At a quiet moment a better plan follows; a pipeline that does not come up is quiet, too.
         """
-        running = {p.plan.pipeline: p.running for s in view.living for p in s.pipelines if p.state == "ready"}
+        settled = [p for s in view.living for p in s.pipelines if p.state in ("ready", "failed")]
+        running = {p.plan.pipeline: p.running for p in settled}
         result: list[Plan] = []
         for plan in plans:
             entry = self._models[plan.model.id]

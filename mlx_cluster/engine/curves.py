@@ -27,6 +27,7 @@ _FIRM_FOR_STEPS = 50_000
 _HOPED_SHARE = 0.5
 # A size that was not seen for so many steps weighs half as much when neighbours contradict it.
 _HALF_LIFE_STEPS = 500
+_LEAST_WEIGHT = 1e-9  # of what is older still: two such neighbours must not weigh nothing together
 
 
 @dataclass(slots=True)
@@ -122,7 +123,8 @@ class StepCurve:
         pools: list[tuple[float, float, list[int]]] = []  # seconds, weight, sizes
         for rows in sorted(known):
             bucket = known[rows]
-            weight = len(bucket.seconds) * 0.5 ** ((self._num_steps - bucket.seen_at) / _HALF_LIFE_STEPS)
+            lately = 0.5 ** ((self._num_steps - bucket.seen_at) / _HALF_LIFE_STEPS)
+            weight = len(bucket.seconds) * max(lately, _LEAST_WEIGHT)
             pools.append((statistics.median(bucket.seconds), weight, [rows]))
             while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
                 (y1, w1, r1), (y2, w2, r2) = pools[-2:]

@@ -294,7 +294,7 @@ class SliceRunner:
         if any(self._rows[row].grammar is not None for row in rows):
             async_eval(logits, cached)  # the masks are computed while the device runs the forward pass
             masks, refused = self._masks(header, rows)
-            limits = sampling.limits(masks, self.slice.vocab_size) if masks else None
+            limits = sampling.limits(masks, logits.shape[-1]) if masks else None
             failures += refused
         drawn = sampling.sample(logits, [self._rows[row].draw() for row in rows], limits)
         async_eval(drawn.arrays(), cached)
@@ -369,7 +369,7 @@ class SliceRunner:
                 usable[row] = len(mine)
             rows += [row] * len(block)
             draws += known.draws(block[1:])
-        limits = sampling.limits(masks, self.slice.vocab_size) if masks else None
+        limits = sampling.limits(masks, lines.shape[-1]) if masks else None
         drawn = sampling.sample(lines, draws, limits)
         async_eval(drawn.arrays(), cached)
         wanted = [draw.sampling.top_logprobs for draw in draws]

@@ -12,7 +12,7 @@ from mlx_cluster.cluster.coordinator import Coordinator, Decision, agreed_facts,
 from mlx_cluster.cluster.document import ClusterDocument, accept
 from mlx_cluster.cluster.leader import Leadership
 from mlx_cluster.cluster.membership import Membership
-from mlx_cluster.cluster.status import NodeStatus, PipelineStatus, StageStatus
+from mlx_cluster.cluster.status import NodeStatus, PipelineState, PipelineStatus, StageStatus
 from mlx_cluster.config.schema import ModelEntry
 from mlx_cluster.errors import Fenced, PlanError
 from mlx_cluster.plan import Epoch, ModelRef, Plan, even_counts
@@ -118,13 +118,15 @@ def test_a_dead_node_of_the_plan_means_a_plan_over_the_survivors() -> None:
     assert later.plans[0].version > document.plans[0].version
 
 
-def serving(document: ClusterDocument, running: int, driver: int = 0) -> dict[int, NodeStatus | None]:
+def serving(
+    document: ClusterDocument, running: int, driver: int = 0, state: PipelineState = "ready"
+) -> dict[int, NodeStatus | None]:
     """Told, and node ``driver`` drives every plan that begins there."""
     statuses = told(document, THREE)
     now = statuses[driver]
     assert now is not None
     driven = tuple(
-        PipelineStatus(p, Epoch(p.version, 1), "ready", running=running)
+        PipelineStatus(p, Epoch(p.version, 1), state, running=running)
         for p in document.plans
         if p.engine_node_id == driver
     )
@@ -143,6 +145,18 @@ def test_a_node_that_returns_is_used_again_at_a_quiet_moment() -> None:
     assert [s.node_id for s in three.plans[0].stages] == [0, 1, 2]
     assert three.plans[0].version > two.plans[0].version
     assert deciding.decide(view(0, serving(three, running=0)), LED, three, now=90.0).commit is None
+
+
+def test_a_pipeline_that_does_not_come_up_is_moved_when_a_node_is_back() -> None:
+    for placer in (EvenPlacer(), EvenPlacer({0: (0, 4), 1: (4, 5), 2: (5, 6)})):
+        deciding = coordinator(placer)
+        first = committed(deciding.decide(view(0, THREE), LED, EMPTY, now=2.0))
+        two = committed(deciding.decide(view(0, told(first, THREE), dead=frozenset({1})), LED, first, now=3.0))
+        for state, now in (("loading", 10.0), ("failed", 11.0)):
+            assert deciding.decide(view(0, serving(two, 0, state=state)), LED, two, now=now).commit is None
+        failed = serving(two, 0, state="failed")
+        back = committed(deciding.decide(view(0, failed), LED, two, now=11.0 + QUIET_SECONDS))
+        assert [s.node_id for s in back.plans[0].stages] == [0, 1, 2]
 
 
 def test_a_manual_split_is_taken_up_again_at_a_quiet_moment() -> None:

@@ -142,6 +142,16 @@ def test_one_disturbed_size_does_not_make_larger_ones_impossible() -> None:
     assert curve.at(16, optimistic=True) < 4 * 0.0299, "size 5 is not firmly known: a larger group may be tried"
 
 
+def test_sizes_that_nobody_has_used_for_hours_still_weigh_something() -> None:
+    curve = StepCurve()
+    for rows, seconds in ((16, 0.05), (32, 0.04)):
+        for _ in range(9):
+            curve.add(rows, seconds)
+    for _ in range(600_000):
+        curve.add(4, 0.01)
+    assert curve.at(16) == curve.at(32) == pytest.approx(0.045)
+
+
 def test_a_prediction_never_falls() -> None:
     curve = StepCurve()
     for rows, seconds in ((1, 0.02), (2, 0.01), (4, 0.03), (8, 0.029)):
